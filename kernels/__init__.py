@@ -1,0 +1,15 @@
+"""The hot path of MCIC: three operations, each with a plain PyTorch reference and faster backends.
+
+This package is the only door: it depends on torch alone, loads nothing else until an operation asks for it, and
+knows nothing of the rest of `mcic`.
+
+Shape letters, everywhere: B images · K classes, 0 is background · S slots per class · N = H·W pixels · D feature
+channels · E value channels · R rows of a push.
+"""
+
+from .class_pool import class_pool
+from .registry import BACKENDS, describe_backends
+from .ring_push import ring_push_
+from .sparse_attention import sparse_attention
+
+__all__ = ["BACKENDS", "class_pool", "describe_backends", "ring_push_", "sparse_attention"]

@@ -1,0 +1,3 @@
+"""MCIC: semantic segmentation networks from images and image-level tags."""
+
+__version__ = "0.1.0"

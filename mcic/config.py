@@ -1,0 +1,282 @@
+"""The configuration: nested dataclasses, one field per choice, checked when built.
+
+A field that is `None` follows something else, which its docstring names; `Config.resolved()` puts the value in
+its place, so what a run stores in `config.yaml` leaves nothing to guess. Components receive the fields they need,
+never the whole tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Rules = Literal["paper", "authors"]
+MaskName = Literal["cam", "context", "merged"]
+
+
+def _require(ok: bool, flag: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"--{flag} must be {expected}, got {got!r}")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which images, tags and saliency maps."""
+
+    name: Literal["shapes", "voc12", "coco14", "folder"] = "shapes"
+    """kind of data set (docs: README, "Your own photographs")"""
+    root: str | None = None
+    """folder of the data set; `shapes` needs none"""
+    saliency: str = "auto"
+    """auto (geodesic distance to the image border) | none (background from the heatmap) | folder of maps"""
+    val_share: float = 0.2
+    """share of the images held out where the data set names no val split, 0…1"""
+    train_images: int | None = None
+    """use only that many training images; all when unset (`shapes`: how many to make, 1200)"""
+    val_images: int | None = None
+    """use only that many validation images; all when unset (`shapes`: how many to make, 200)"""
+    workers: int | None = None
+    """loader processes; unset: 0 for `shapes`, else up to 8, leaving one core free"""
+    cache: str | None = None
+    """folder for computed saliency maps; unset: the user's cache folder"""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.val_share < 1, "data.val-share", "between 0 and 1", self.val_share)
+        _require(self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The network."""
+
+    backbone: Literal["tiny", "vgg16", "resnet50", "resnet101", "efficientnet_lite0"] = "tiny"
+    """feature extractor"""
+    weights: str = "none"
+    """initial weights of the backbone: imagenet | none | path of a .pth or .safetensors file"""
+    output_stride: int | None = None
+    """image pixels per feature pixel; unset: the backbone's own (tiny 4, efficientnet_lite0 16, others 8)"""
+    segmentation_head: Literal["linear", "lfov", "aspp"] = "lfov"
+    """linear: one 1×1 convolution | lfov: DeepLab large field of view | aspp: four dilations, summed"""
+    classification_head: Literal["linear", "deep"] | None = None
+    """linear: 1×1 convolution (paper) | deep: fc6–fc8 as convolutions or one 3×3 (authors); unset: as method.rules"""
+
+
+@dataclass(kw_only=True, slots=True)
+class MethodConfig:
+    """The method: DESIGN §1. Fields that are unset follow `rules`, so that each can be ablated alone."""
+
+    rules: Rules = "paper"
+    """rule set: the paper's, or that of its published code"""
+    context: Literal["bank", "self", "none"] = "bank"
+    """bank: the method | self: M' from s, no bank (the control) | none: CAM masks only"""
+    supervision: Literal["tags", "full"] = "tags"
+    """tags: image labels only | full: ground-truth masks (the ceiling)"""
+    masks: tuple[MaskName, ...] = ("cam", "context", "merged")
+    """which of M, M', M'' supervise the segmentation head (E14)"""
+    cam_threshold: float = 0.1
+    """T_a: CAM and context masks ignore pixels whose best score is below, 0…1 (E3)"""
+    pool_threshold: float = 0.5
+    """T_b: only pixels of this confidence enter a context, 0…1 (E5)"""
+    background_power: float = 1.0
+    """α of the background row (1 - max h̃)^α where there is no saliency"""
+    slots: int = 64
+    """S: contexts kept per class (E6)"""
+    heads: int = 1
+    """attention heads (E7)"""
+    temperature: float | None = None
+    """τ of the attention (E7); unset: √(D / heads)"""
+    attention_threshold: float = 0.0
+    """θ: entries below θ times the uniform weight are not read; 0 reads all (DESIGN §2)"""
+    dropout: float = 0.1
+    """dropout of the output embedding O (E10)"""
+    self_read: bool = True
+    """an image's contexts enter the bank before it reads; off: after the backward pass"""
+    stop_gradient: bool = True
+    """nothing from the context branch reaches backbone or segmentation head (E16)"""
+    pixel_bank: bool = False
+    """store every confident pixel in place of one pooled context per image and class"""
+    ema_momentum: float | None = None
+    """contexts come from a moving average of the network with this momentum, e.g. 0.999; unset: from the network"""
+    context_head: Literal["segmentation", "classification"] = "segmentation"
+    """M' from the segmentation head on f̃, or from the classification head's heatmap of f̃ (E11)"""
+    segmentation_weight: float = 1.0
+    """factor of the segmentation losses in E14"""
+    ramp_epochs: float = 5.0
+    """I: epochs until λ is 1 (E15)"""
+    ramp_power: int | None = None
+    """power of the ramp (E15): paper 1, authors 2"""
+    cam_floor: float | None = None
+    """CAM-mask terms are scaled by max(1-λ, floor): paper 1 (never scaled), authors 0.6"""
+    entropy_weight: float | None = None
+    """factor of the entropy term (E8): paper 1, authors 0"""
+    merge_rule: Rules | None = None
+    """object against background in M'': paper ignore, authors object (E12)"""
+    confidence_rule: Rules | None = None
+    """context weights: paper softmax, authors relu over the spatial maximum (E5)"""
+    classification_rule: Rules | None = None
+    """E1: paper mean over classes, authors also divided by the image's number of tags"""
+    cam_background: Rules | None = None
+    """CAM background row: paper 1 - saliency, authors 1 where saliency < T_a, else 0"""
+    context_background: Rules | None = None
+    """context-mask background row: paper softmax, authors mixed with 1 - saliency"""
+    saliency_weight: float = 0.5
+    """w of the authors' context-mask background row"""
+    padding_rule: Rules | None = None
+    """pixels a crop padded: paper ignored everywhere, authors salient"""
+
+    def __post_init__(self) -> None:
+        for name in ("cam_threshold", "pool_threshold", "saliency_weight"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"method.{name.replace('_', '-')}", "between 0 and 1", value)
+        _require(self.slots >= 1, "method.slots", "1 or more", self.slots)
+        _require(self.heads >= 1, "method.heads", "1 or more", self.heads)
+        _require(self.attention_threshold >= 0, "method.attention-threshold", "0 or more", self.attention_threshold)
+        _require(self.temperature is None or self.temperature > 0, "method.temperature", "positive", self.temperature)
+        _require(0 <= self.dropout < 1, "method.dropout", "from 0 to below 1", self.dropout)
+        _require(
+            self.ema_momentum is None or 0 <= self.ema_momentum < 1,
+            "method.ema-momentum", "from 0 to below 1", self.ema_momentum,
+        )  # fmt: skip
+        _require(len(self.masks) > 0, "method.masks", "one or more of cam, context, merged", self.masks)
+        if self.context == "none":
+            self.masks = ("cam",)
+
+    def resolved(self) -> MethodConfig:
+        """A copy in which every unset rule has the value of its rule set."""
+        authors = self.rules == "authors"
+        defaults: dict[str, Any] = {
+            "ramp_power": 2 if authors else 1,
+            "cam_floor": 0.6 if authors else 1.0,
+            "entropy_weight": 0.0 if authors else 1.0,
+        }
+        rows = ("merge_rule", "confidence_rule", "classification_rule", "cam_background", "context_background",
+                "padding_rule")  # fmt: skip
+        defaults |= dict.fromkeys(rows, self.rules)
+        return _fill(self, defaults)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Optimisation and augmentation."""
+
+    epochs: int = 20
+    """passes over the training images"""
+    batch_size: int = 16
+    """images per update, over all ranks and accumulation steps"""
+    accumulate: int = 1
+    """micro-batches per update; losses are normalised per micro-batch"""
+    lr: float = 1e-3
+    """learning rate of the pretrained layers"""
+    new_layer_lr: float = 10.0
+    """factor of the learning rate for layers that start from scratch"""
+    momentum: float = 0.9
+    """SGD momentum"""
+    weight_decay: float = 5e-4
+    """L2 penalty"""
+    lr_schedule: Literal["step", "epoch"] | None = None
+    """when the poly schedule moves; unset: step (paper), epoch (authors)"""
+    lr_power: float = 0.9
+    """power of the poly schedule"""
+    warmup_steps: int = 0
+    """updates over which the learning rate grows linearly from 0"""
+    clip_grad: float | None = None
+    """largest norm of the gradient; unset: no clipping"""
+    size: int = 321
+    """side of the square training crop, pixels"""
+    scale: tuple[float, float] = (0.5, 1.5)
+    """range of the random scale"""
+    flip: bool = True
+    """mirror half of the images"""
+    color_jitter: float = 0.0
+    """strength of random brightness, contrast and saturation, 0…1"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """arithmetic of the forward pass; weights and the bank stay fp32"""
+    compile: bool = False
+    """torch.compile the network"""
+    deterministic: bool = False
+    """refuse operations without a deterministic form"""
+    seed: int = 0
+    """seed of weights, data order, augmentation and dropout"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name.replace('_', '-')}", "1 or more", value)
+        _require(self.lr > 0, "train.lr", "positive", self.lr)
+        _require(0 < self.scale[0] <= self.scale[1], "train.scale", "two positive numbers, the lower first", self.scale)
+        _require(self.clip_grad is None or self.clip_grad > 0, "train.clip-grad", "positive", self.clip_grad)
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "train.batch-size", f"a multiple of --train.accumulate {self.accumulate}", self.batch_size,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation."""
+
+    protocol: Literal["single", "voc", "authors"] = "single"
+    """single: one scale | voc: 0.75/1/1.25 and flip | authors: those, mean of mean and maximum"""
+    every: int = 0
+    """evaluate on val every that many epochs; 0: at the end only"""
+    mask_images: int = 400
+    """training images on which M, M' and M'' are measured at the end; 0: none"""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where and how a run is kept."""
+
+    dir: str | None = None
+    """run folder; unset: runs/<preset>-<time>"""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N"""
+    backend: Literal["auto", "reference", "triton", "native"] = "auto"
+    """who computes the hot path; the environment's MCIC_BACKEND is the default of auto"""
+    resume: str = "none"
+    """none | auto (continue what is in run.dir) | path of a checkpoint"""
+    init_from: str | None = None
+    """start from the weights of this checkpoint or exported network, with new optimizer and bank"""
+    keep: int = 2
+    """checkpoints kept"""
+    log_every: int = 1
+    """steps between lines of metrics.jsonl"""
+    previews: int = 4
+    """training images drawn each epoch; 0: none"""
+    tensorboard: bool = True
+    """write tensorboard/"""
+    report: bool = True
+    """write report.html"""
+
+    def __post_init__(self) -> None:
+        _require(self.keep >= 1, "run.keep", "1 or more", self.keep)
+        _require(self.log_every >= 1, "run.log-every", "1 or more", self.log_every)
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Train a segmentation network from image tags."""
+
+    preset: str = "shapes"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def resolved(self) -> Config:
+        """A copy in which no field is left to follow another one."""
+        authors = self.method.rules == "authors"
+        return dataclasses.replace(
+            self,
+            model=_fill(self.model, {"classification_head": "deep" if authors else "linear"}),
+            method=self.method.resolved(),
+            train=_fill(self.train, {"lr_schedule": "epoch" if authors else "step"}),
+        )
+
+
+def _fill(config: Any, defaults: dict[str, Any]) -> Any:
+    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **unset)

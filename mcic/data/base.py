@@ -1,0 +1,99 @@
+"""What a data set is, and what it hands to a trainer.
+
+A data set is a class with the names, the palette and the tags; everything that depends on the number of classes
+comes from it. Mask value 0 is background, value i ≥ 1 is `classes[i - 1]`, 255 is ignore.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = 255
+
+
+class Dataset(ABC):
+    """Images with tags, and masks where there are any; read one image at a time by its index.
+
+    Attributes:
+        name: what reports call it.
+        classes: names of the L object classes; background is not one of them.
+        palette: uint8 [L + 1, 3], RGB of every mask value.
+        ids: one unique, file-name-like string per image.
+        tags: bool [len(self), L].
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: np.ndarray
+    ids: list[str]
+    tags: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def image(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3] RGB, turned the way a person sees it."""
+
+    @abstractmethod
+    def mask(self, index: int) -> np.ndarray | None:
+        """uint8 [H, W] ground truth (for evaluation, or `method.supervision full`), or None where there is none."""
+
+    def path(self, index: int) -> Path | None:
+        """The image's file, or None where it has none."""
+        return None
+
+    def subset(self, count: int | None) -> None:
+        """Keep only `count` images, evenly spread over the set (all when None)."""
+        if count is None or count >= len(self):
+            return
+        keep = np.linspace(0, len(self) - 1, count).round().astype(int)
+        self._keep(keep)
+
+    def _keep(self, indices: np.ndarray) -> None:
+        """Restrict to `indices`; a subclass with more per-image state extends this."""
+        self.ids = [self.ids[i] for i in indices]
+        self.tags = self.tags[indices]
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The training and the validation part of a data set; they share classes and palette."""
+
+    train: Dataset
+    val: Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B augmented images as tensors.
+
+    Attributes:
+        images: f32 [B, 3, H, W], ImageNet mean and deviation taken out.
+        tags: bool [B, L].
+        saliency: f32 [B, H, W] in 0…1, 1 salient, or None.
+        masks: uint8 [B, H, W] ground truth, all 255 where there is none.
+        valid: bool [B, H, W], False where the crop padded.
+        indices: int64 [B], the images' places in the data set.
+    """
+
+    images: Tensor
+    tags: Tensor
+    saliency: Tensor | None
+    masks: Tensor
+    valid: Tensor
+    indices: Tensor
+
+    def to(self, device: object, *, non_blocking: bool = True) -> Batch:
+        """The same batch on `device`, images in channels-last order."""
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        images = self.images.to(device, non_blocking=non_blocking, memory_format=torch.channels_last)
+        return Batch(images, *(move(getattr(self, name)) for name in self.__slots__[1:]))

@@ -1,0 +1,78 @@
+"""Several processes that compute one step together (torch.distributed); with one process, nothing happens.
+
+Gradients are summed and losses are divided by counts of the global batch, so a run equals a single process with the
+same global batch. No buffer is ever broadcast: every rank pushes the same gathered contexts, so the banks stay equal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def initialize(device: torch.device) -> None:
+    """Join the process group that `torchrun` announces through the environment, if there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank() -> int:
+    """This process's number, 0…world_size - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks in rank order; every rank has equally many."""
+    if not dist.is_initialized():
+        return tensor
+    rows = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place; returns the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum the gradients over ranks in one flat message per dtype; a parameter without gradient counts as 0."""
+    if not dist.is_initialized():
+        return
+    trained = [p for p in parameters if p.requires_grad]
+    for dtype in sorted({p.dtype for p in trained}, key=str):
+        group = [p for p in trained if p.dtype == dtype]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in group])
+        dist.all_reduce(flat)
+        for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+            parameter.grad = part.view_as(parameter)

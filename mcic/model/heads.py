@@ -1,0 +1,61 @@
+"""Segmentation and classification heads: convolutions from features [B, D, h, w] to class scores."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class SumOfBranches(nn.Module):
+    """Atrous spatial pyramid pooling as in DeepLab-v2: branches of several dilations, their scores added."""
+
+    def __init__(self, branches: list[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D, h, w] → [B, K, h, w]."""
+        return sum(branch(features) for branch in self.branches)
+
+
+def segmentation_head(kind: str, channels: int, num_classes: int, *, output_stride: int, hidden: int | None) -> nn.Module:
+    """A DeepLab segmentation head.
+
+    Args:
+        kind: `linear`: one 1×1 convolution; `lfov`: one branch of dilation 12; `aspp`: dilations 6, 12, 18, 24 summed
+            (both given for stride 8 and scaled to `output_stride`).
+        channels: D.
+        num_classes: K.
+        output_stride: image pixels per feature pixel.
+        hidden: width of fc6 and fc7 of each branch (VGG16: 1024); None: the dilated convolution gives the scores.
+    """
+    if kind == "linear":
+        return nn.Conv2d(channels, num_classes, 1)
+    rates = (12,) if kind == "lfov" else (6, 12, 18, 24)
+    branches = [_branch(channels, num_classes, max(1, rate * 8 // output_stride), hidden) for rate in rates]
+    return branches[0] if len(branches) == 1 else SumOfBranches(branches)
+
+
+def classification_head(kind: str, channels: int, num_objects: int, *, hidden: int | None) -> nn.Module:
+    """`linear`: a 1×1 convolution; `deep`: fc6–fc8 as convolutions of dilation 1, or one 3×3 where hidden is None."""
+    return nn.Conv2d(channels, num_objects, 1) if kind == "linear" else _branch(channels, num_objects, 1, hidden)
+
+
+def initialize_head(head: nn.Module) -> None:
+    """Small normal weights and zero biases, as DeepLab starts its new layers; hidden layers by Kaiming's rule."""
+    convolutions = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
+    for convolution in convolutions:
+        if convolution.out_channels >= 256:
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        else:
+            nn.init.normal_(convolution.weight, std=0.01)
+        nn.init.zeros_(convolution.bias)
+
+
+def _branch(channels: int, num_classes: int, dilation: int, hidden: int | None) -> nn.Module:
+    if hidden is None:
+        return nn.Conv2d(channels, num_classes, 3, padding=dilation, dilation=dilation)
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.Conv2d(hidden, hidden, 1), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.Conv2d(hidden, num_classes, 1),
+    )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Reading the bank: cross-image attention and the augmented features (E7–E10)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import attention_weights, sparse_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the pixels read.
+
+    Attributes:
+        update: O(m) of E10, [B, D, H, W], 0 where an image may read nothing.
+        entropy: of the attention, [B, H·W] in nats (E8).
+    """
+
+    update: Tensor
+    entropy: Tensor
+
+
+class Propagation(nn.Module):
+    """Every pixel attends to the stored contexts of its image's classes.
+
+    The embeddings of query, key, value and output are absorbed (DESIGN §2): instead of projecting all B·N pixels, the
+    bank's rows are projected, `fᵀ(W_qᵀ r') + b_qᵀ r'` with r' = W_k r + b_k, and `Σ a (W_o v) + b_o`; where the bank
+    has more rows than the batch has pixels, W_k is folded into the query and W_o W_v follows the message instead.
+    Both are exact.
+
+    Args:
+        channels: D, a multiple of heads.
+        heads: attention heads.
+        temperature: τ of E7; None: √(D / heads).
+        threshold: θ of the sparse attention.
+        dropout: of the output embedding O: linear → dropout → layer norm → ReLU.
+        backend: who computes the attention.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int = 1,
+        temperature: float | None = None,
+        threshold: float = 0.0,
+        dropout: float = 0.1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"--method.heads must divide the {channels} feature channels, got {heads}")
+        self.heads = heads
+        self.scale = 1 / (temperature if temperature is not None else math.sqrt(channels / heads))
+        self.threshold = threshold
+        self.backend = backend
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.output = nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, features: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> Reading:
+        """Read the bank.
+
+        Args:
+            features: [B, D, H, W], the query.
+            entries: [K, S, D] of the bank.
+            counts: int32 [K].
+            class_mask: bool [B, K], classes each image may read.
+        """
+        batch, channels, height, width = features.shape
+        query = features.flatten(2).transpose(1, 2)  # [B, N, D], a view of channels-last features
+        message, entropy = self.message(query, entries, counts, class_mask)
+        update = F.relu(self.norm(self.dropout(message)))
+        readable = (class_mask & (counts > 0)).any(1)
+        update = update * readable[:, None, None]
+        return Reading(update.transpose(1, 2).unflatten(2, (height, width)), entropy)
+
+    def message(self, query: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """W_o m + b_o for query [B, N, D] → ([B, N, D], entropy [B, N])."""
+        rows = entries.shape[0] * entries.shape[1]
+        if rows > query.shape[0] * query.shape[1]:
+            return self._message_raw_bank(query, entries, counts, class_mask)
+        keys, bias = self._keys(entries)
+        values = torch.einsum("ksnd,end->nkse", self._split(self.value(entries)), self._split(self.output.weight))
+        message, entropy = sparse_attention(
+            query, keys.to(query.dtype), values.to(query.dtype), bias, counts, class_mask,
+            scale=self.scale, threshold=self.threshold, backend=self.backend,
+        )  # fmt: skip
+        return message + self.output.bias, entropy
+
+    def weights(self, features: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> Tensor:
+        """The attention of each pixel, mean over heads: [B, N, K, S]."""
+        query = features.flatten(2).transpose(1, 2)
+        keys, bias = self._keys(entries)
+        weights = attention_weights(
+            query, keys, bias, counts, class_mask, scale=self.scale, threshold=self.threshold
+        )
+        return weights.mean(1)
+
+    def _keys(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [heads, K, S, D] and their bias [heads, K, S], the query's projection absorbed."""
+        projected = self._split(self.key(entries))  # [K, S, heads, D/heads]
+        weight = self.query.weight.view(self.heads, -1, self.query.in_features)
+        keys = torch.einsum("ksnd,nde->nkse", projected, weight)
+        bias = torch.einsum("ksnd,nd->nks", projected, self._split(self.query.bias)) * self.scale
+        return keys, bias
+
+    def _message_raw_bank(
+        self, query: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # b_k adds the same to every score of a pixel, so the softmax does not see it.
+        per_head = self._split(self.query(query))  # [B, N, heads, D/heads]
+        key_weight = self.key.weight.view(self.heads, -1, self.key.in_features)
+        value_weight = self.value.weight.view(self.heads, -1, self.value.in_features)
+        readable = (class_mask & (counts > 0)).any(1)[:, None, None]
+        parts, entropies = [], []
+        for head in range(self.heads):
+            read, entropy = sparse_attention(
+                per_head[:, :, head] @ key_weight[head], entries, entries, None, counts, class_mask,
+                scale=self.scale, threshold=self.threshold, backend=self.backend,
+            )  # fmt: skip
+            bias = self._split(self.value.bias)[head] * readable  # Σ a = 1 where there is anything to read
+            parts.append(read.to(query.dtype) @ value_weight[head].T + bias)
+            entropies.append(entropy)
+        return self.output(torch.cat(parts, -1)), torch.stack(entropies).mean(0)
+
+    def _split(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.heads, -1))

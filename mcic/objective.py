@@ -1,0 +1,186 @@
+"""One training step's arithmetic: masks, loss terms and their sum (E14), from a batch and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .config import MethodConfig
+from .data.base import Batch
+from .losses import classification_loss, entropy_loss, labelled_pixels, segmentation_loss
+from .model import MCIC, Augmented, Contexts, Prediction, feature_valid
+from .pseudo import IGNORE, cam_mask, context_mask, merge_masks
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """A step's results.
+
+    Attributes:
+        total: the loss to differentiate, this rank's share.
+        terms: name → detached scalar of each loss term, unweighted, this rank's share; further figures of the step.
+        contexts: rows still to be pushed after the backward pass, or None.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    contexts: Contexts | None
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """M, M' and M'' of a batch, uint8 [B, h, w]; those that a configuration does not make are None."""
+
+    cam: Tensor
+    context: Tensor | None
+    merged: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        """Name → mask, only those that exist."""
+        pairs = {"cam": self.cam, "context": self.context, "merged": self.merged}
+        return {name: mask for name, mask in pairs.items() if mask is not None}
+
+
+class Objective:
+    """The losses of the method under one (resolved) configuration."""
+
+    def __init__(self, method: MethodConfig) -> None:
+        self.method = method
+
+    def masks(
+        self,
+        prediction: Prediction,
+        augmented: Augmented | None,
+        tags: Tensor,
+        saliency: Tensor | None,
+        valid: Tensor | None,
+    ) -> Masks:
+        """The masks of a batch on its feature grid; M' comes from s itself where there is no bank (the control)."""
+        method = self.method
+        cam = self.cam_mask(prediction.heatmap, tags, saliency, valid)
+        if method.context == "none":
+            return Masks(cam, None, None)
+        if augmented is not None and augmented.heatmap is not None:
+            context = self.cam_mask(augmented.heatmap, tags, saliency, valid)
+        else:
+            logits = prediction.logits if augmented is None else augmented.logits
+            context = self.context_mask(logits, tags, saliency, valid)
+        return Masks(cam, context, merge_masks(cam, context, rules=method.merge_rule))
+
+    def cam_mask(self, heatmap: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
+        """E2 and E3 under this configuration."""
+        method = self.method
+        return cam_mask(
+            heatmap, tags, saliency, threshold=method.cam_threshold, rules=method.cam_background,
+            background_power=method.background_power, valid=valid,
+        )  # fmt: skip
+
+    def context_mask(self, logits: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
+        """E11 under this configuration."""
+        method = self.method
+        return context_mask(
+            logits, tags, saliency, threshold=method.cam_threshold, rules=method.context_background,
+            saliency_weight=method.saliency_weight, valid=valid,
+        )  # fmt: skip
+
+    def __call__(self, model: MCIC, batch: Batch, ramp: Tensor) -> StepOutput:
+        """Run the model on a batch and add up E14.
+
+        Args:
+            model: in training mode; its bank is pushed to when the method lets an image read itself.
+            batch: a rank's part of the global batch.
+            ramp: λ of E15, a scalar tensor on the device.
+        """
+        prediction = model(batch.images)
+        grid = prediction.features.shape[-2:]
+        valid = feature_valid(batch.valid, grid)
+        if self.method.padding_rule == "authors":
+            valid = torch.ones_like(valid)
+        if self.method.supervision == "full":
+            return self._full(prediction, batch, valid)
+        contexts, augmented = self._context_branch(model, prediction, batch, valid)
+        masks = self.masks(prediction, augmented, batch.tags, batch.saliency, valid)
+        terms = {"loss/classification": self._classification(prediction, batch.tags, valid)}
+        segmentation = self._segmentation(prediction, augmented, masks.named(), terms, ramp)
+        total = terms["loss/classification"] + ramp * self.method.segmentation_weight * segmentation
+        if augmented is not None:
+            terms["loss/entropy"] = self._shared(entropy_loss(augmented.entropy, valid))
+            total = total + ramp * self.method.entropy_weight * terms["loss/entropy"]
+        terms["loss/segmentation"] = segmentation
+        terms["loss/total"] = total
+        figures = self._figures(prediction, augmented, masks, model)
+        return StepOutput(total, {k: v.detach() for k, v in (terms | figures).items()}, contexts)
+
+    def _context_branch(
+        self, model: MCIC, prediction: Prediction, batch: Batch, valid: Tensor
+    ) -> tuple[Contexts | None, Augmented | None]:
+        if model.memory is None:
+            return None, None
+        rows = model.pool(batch.images, prediction, batch.tags, valid, batch.indices)
+        gather = distributed.gather_rows
+        contexts = Contexts(gather(rows.vectors), gather(rows.labels), gather(rows.image_ids))
+        if self.method.self_read:
+            push(model, contexts)
+            contexts = None
+        return contexts, model.read(prediction, batch.tags)
+
+    def _classification(self, prediction: Prediction, tags: Tensor, valid: Tensor) -> Tensor:
+        return self._shared(
+            classification_loss(prediction.heatmap, tags, valid=valid, rules=self.method.classification_rule)
+        )
+
+    def _segmentation(
+        self, prediction: Prediction, augmented: Augmented | None, masks: dict[str, Tensor], terms: dict[str, Tensor],
+        ramp: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Σ over the supervising masks of L_seg(s, ·) + L_seg(s̃, ·); adds each to `terms`."""
+        chosen = {name: mask for name, mask in masks.items() if name in self.method.masks}
+        counts = distributed.sum_(torch.stack([labelled_pixels(mask) for mask in chosen.values()]))
+        total = prediction.logits.new_zeros((), dtype=torch.float32)
+        for (name, mask), count in zip(chosen.items(), counts, strict=True):
+            factor = torch.clamp(1 - ramp, min=self.method.cam_floor) if name == "cam" else 1.0
+            terms[f"loss/s_{name}"] = segmentation_loss(prediction.logits, mask, count=count)
+            total = total + factor * terms[f"loss/s_{name}"]
+            if augmented is not None:
+                terms[f"loss/c_{name}"] = segmentation_loss(augmented.logits, mask, count=count)
+                total = total + factor * terms[f"loss/c_{name}"]
+        return total
+
+    def _full(self, prediction: Prediction, batch: Batch, valid: Tensor) -> StepOutput:
+        """Ground-truth masks in the place of M, M' and M'', weighted as they are together."""
+        truth = sample_grid(batch.masks, valid.shape[-2:]).masked_fill(~valid, IGNORE)
+        count = distributed.sum_(labelled_pixels(truth))
+        classification = self._classification(prediction, batch.tags, valid)
+        segmentation = len(self.method.masks) * segmentation_loss(prediction.logits, truth, count=count)
+        total = classification + self.method.segmentation_weight * segmentation
+        terms = {"loss/classification": classification, "loss/segmentation": segmentation, "loss/total": total}
+        return StepOutput(total, {name: term.detach() for name, term in terms.items()}, None)
+
+    def _figures(
+        self, prediction: Prediction, augmented: Augmented | None, masks: Masks, model: MCIC
+    ) -> dict[str, Tensor]:
+        figures = {f"coverage/{name}": self._shared((m != IGNORE).float().mean()) for name, m in masks.named().items()}
+        if augmented is not None:
+            figures["feature_norm"] = self._shared(prediction.features.float().norm(dim=1).mean())
+            figures["message_norm"] = self._shared(augmented.update.float().norm(dim=1).mean())
+            figures["bank_fill"] = self._shared(model.memory.fill())
+        return figures
+
+    def _shared(self, mean: Tensor) -> Tensor:
+        """This rank's share of a mean over the global batch: the shares add up to it."""
+        return mean / distributed.world_size()
+
+
+def push(model: MCIC, contexts: Contexts) -> None:
+    """Append contexts to the model's bank."""
+    model.memory.push(contexts.vectors, contexts.labels, contexts.image_ids)
+
+
+def sample_grid(masks: Tensor, size: torch.Size) -> Tensor:
+    """uint8 [B, H, W] read at the places of a feature grid [h, w] whose corners lie on the image's."""
+    rows = torch.linspace(0, masks.shape[1] - 1, size[0], device=masks.device).round().long()
+    columns = torch.linspace(0, masks.shape[2] - 1, size[1], device=masks.device).round().long()
+    return masks[:, rows[:, None], columns]
