@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -72,7 +72,7 @@ def _checked(backend: str) -> str:
     return name
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resolve(operation: Operation, backend: str, device_type: str) -> Callable:
     candidates = operation.implementations
     named = [c for c in candidates if c.backend == backend]
@@ -88,12 +88,12 @@ def _resolve(operation: Operation, backend: str, device_type: str) -> Callable:
     raise RuntimeError(f"{operation.name} cannot run on {device_type} as asked ({'; '.join(reasons)})")
 
 
-def describe_backends(device: torch.device) -> dict[str, str]:
-    """Operation → backend that `auto` takes on `device`."""
-    from . import class_pool, ring_push, sparse_attention
-
+def describe_backends(backend: str, device: torch.device) -> str:
+    """What runs on `device` when `backend` is asked for: one name, or `operation=name, …` where they differ."""
     chosen = {}
-    for module in (sparse_attention, class_pool, ring_push):
-        function = module.OPERATION.select("auto", device)
-        chosen[module.OPERATION.name] = function.__module__.rsplit(".", 1)[-1]
-    return chosen
+    for folder in ("sparse_attention", "class_pool", "ring_push"):
+        operation: Operation = importlib.import_module(f".{folder}", __package__).OPERATION
+        chosen[operation.name] = operation.select(backend, device).__module__.rsplit(".", 1)[-1]
+    if len(set(chosen.values())) == 1:
+        return next(iter(chosen.values()))
+    return ", ".join(f"{name}={where}" for name, where in chosen.items())

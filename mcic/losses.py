@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pseudo import IGNORE
+from mcic.pseudo import IGNORE
 
 
 def spatial_mean(maps: Tensor, valid: Tensor | None) -> Tensor:

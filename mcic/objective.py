@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import distributed
-from .config import MethodConfig
+from mcic import distributed
+from mcic.config import MethodConfig
+from mcic.losses import classification_loss, entropy_loss, labelled_pixels, segmentation_loss
+from mcic.model import MCIC, Augmented, Contexts, Prediction, feature_valid
+from mcic.pseudo import IGNORE, cam_mask, context_mask, merge_masks
+
 from .data.base import Batch
-from .losses import classification_loss, entropy_loss, labelled_pixels, segmentation_loss
-from .model import MCIC, Augmented, Contexts, Prediction, feature_valid
-from .pseudo import IGNORE, cam_mask, context_mask, merge_masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,9 @@ class Objective:
     def _figures(
         self, prediction: Prediction, augmented: Augmented | None, masks: Masks, model: MCIC
     ) -> dict[str, Tensor]:
-        figures = {f"coverage/{name}": self._shared((m != IGNORE).float().mean()) for name, m in masks.named().items()}
+        figures = {
+            f"coverage/{name}": self._shared((m != IGNORE).float().mean() * 100) for name, m in masks.named().items()
+        }
         if augmented is not None:
             figures["feature_norm"] = self._shared(prediction.features.float().norm(dim=1).mean())
             figures["message_norm"] = self._shared(augmented.update.float().norm(dim=1).mean())

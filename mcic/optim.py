@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .model import MCIC
+from mcic.model import MCIC
 
 
 def build_optimizer(

@@ -92,6 +92,7 @@ class Batch:
 
     def to(self, device: object, *, non_blocking: bool = True) -> Batch:
         """The same batch on `device`, images in channels-last order."""
+
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 

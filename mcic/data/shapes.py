@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from .base import Dataset
-from .palette import voc_palette
+from mcic.data.base import Dataset
+from mcic.data.palette import voc_palette
 
 CLASSES = ("striped", "dotted", "checked", "ringed", "waved", "crossed")
 

@@ -1,5 +1,5 @@
 """Backbones, heads, memory bank and propagation. Imports no data and no trainer."""
 
-from .network import MCIC, Augmented, Contexts, NetworkSpec, Prediction, SegmentationNetwork, feature_valid
+from mcic.model.network import MCIC, Augmented, Contexts, NetworkSpec, Prediction, SegmentationNetwork, feature_valid
 
 __all__ = ["MCIC", "Augmented", "Contexts", "NetworkSpec", "Prediction", "SegmentationNetwork", "feature_valid"]

@@ -17,7 +17,9 @@ class SumOfBranches(nn.Module):
         return sum(branch(features) for branch in self.branches)
 
 
-def segmentation_head(kind: str, channels: int, num_classes: int, *, output_stride: int, hidden: int | None) -> nn.Module:
+def segmentation_head(
+    kind: str, channels: int, num_classes: int, *, output_stride: int, hidden: int | None
+) -> nn.Module:
     """A DeepLab segmentation head.
 
     Args:

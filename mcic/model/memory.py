@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import ring_push_
+from mcic.ops import ring_push_
 
 
 class MemoryBank(nn.Module):
@@ -34,9 +34,7 @@ class MemoryBank(nn.Module):
     def push(self, contexts: Tensor, labels: Tensor, image_ids: Tensor) -> None:
         """Append rows [R, D] to the queues of their classes int32 [R] (negative: skipped), in order."""
         contexts = contexts.detach().to(self.entries.dtype)
-        ring_push_(
-            self.entries, self.ids, self.counts, self.cursor, contexts, labels, image_ids, backend=self.backend
-        )
+        ring_push_(self.entries, self.ids, self.counts, self.cursor, contexts, labels, image_ids, backend=self.backend)
 
     def fill(self) -> Tensor:
         """Share of the slots that are valid, a scalar 0…1."""

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..ops import class_pool, pool_weights
-from ..pseudo import with_background
-from .backbones import build_backbone
-from .heads import classification_head, initialize_head, segmentation_head
-from .memory import MemoryBank
-from .propagation import Propagation
+from mcic.model.backbones import build_backbone
+from mcic.model.heads import classification_head, initialize_head, segmentation_head
+from mcic.model.memory import MemoryBank
+from mcic.model.propagation import Propagation
+from mcic.ops import class_pool, pool_weights
+from mcic.pseudo import with_background
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import attention_weights, sparse_attention
+from mcic.ops import attention_weights, sparse_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Propagation(nn.Module):
             counts: int32 [K].
             class_mask: bool [B, K], classes each image may read.
         """
-        batch, channels, height, width = features.shape
+        height, width = features.shape[-2:]
         query = features.flatten(2).transpose(1, 2)  # [B, N, D], a view of channels-last features
         message, entropy = self.message(query, entries, counts, class_mask)
         update = F.relu(self.norm(self.dropout(message)))
@@ -100,9 +100,7 @@ class Propagation(nn.Module):
         """The attention of each pixel, mean over heads: [B, N, K, S]."""
         query = features.flatten(2).transpose(1, 2)
         keys, bias = self._keys(entries)
-        weights = attention_weights(
-            query, keys, bias, counts, class_mask, scale=self.scale, threshold=self.threshold
-        )
+        weights = attention_weights(query, keys, bias, counts, class_mask, scale=self.scale, threshold=self.threshold)
         return weights.mean(1)
 
     def _keys(self, entries: Tensor) -> tuple[Tensor, Tensor]:

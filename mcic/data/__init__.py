@@ -1,0 +1,67 @@
+"""The door to data sets, saliency maps and loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mcic.config import DataConfig
+from mcic.data import coco, folder, voc
+from mcic.data.base import IGNORE, Batch, Dataset, Splits
+from mcic.data.loader import EvalItem, TrainLoader, default_workers, eval_items
+from mcic.data.saliency import SaliencySource, build_saliency
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Dataset",
+    "EvalItem",
+    "SaliencySource",
+    "Splits",
+    "TrainLoader",
+    "build_data",
+    "build_saliency",
+    "default_workers",
+    "eval_items",
+]
+
+SHAPES_TRAIN, SHAPES_VAL = 1200, 200
+"""how many images `shapes` makes unless told otherwise"""
+
+
+def build_data(config: DataConfig) -> Splits:
+    """The training and validation set that `config` describes.
+
+    Raises:
+        ValueError: the folder is missing or not laid out as expected, or holds what the data set does not know.
+    """
+    for flag, count in (("train-images", config.train_images), ("val-images", config.val_images)):
+        if count is not None and count < 1:
+            raise ValueError(f"--data.{flag} must be 1 or more, got {count}")
+    if config.name == "shapes":
+        return _shapes(config)
+    splits = _read(config)
+    splits.train.subset(config.train_images)
+    splits.val.subset(config.val_images)
+    return splits
+
+
+def _shapes(config: DataConfig) -> Splits:
+    from mcic.data.shapes import Shapes
+
+    return Splits(
+        Shapes("train", count=config.train_images or SHAPES_TRAIN),
+        Shapes("val", count=config.val_images or SHAPES_VAL),
+    )
+
+
+def _read(config: DataConfig) -> Splits:
+    layout = {"voc12": voc.LAYOUT, "coco14": coco.LAYOUT, "folder": folder.LAYOUT}[config.name]
+    if config.root is None:
+        raise ValueError(f"{config.name} needs --data.root: {layout}")
+    if not Path(config.root).expanduser().is_dir():
+        raise ValueError(f"--data.root {config.root} is no folder: expected {layout}")
+    if config.name == "voc12":
+        return Splits(voc.VOC12(config.root, "train"), voc.VOC12(config.root, "val"))
+    if config.name == "coco14":
+        return Splits(coco.COCO14(config.root, "train"), coco.COCO14(config.root, "val"))
+    return folder.Folder.splits(config.root, config.val_share)

@@ -1,0 +1,122 @@
+"""Image and mask files to arrays, and the normalisation that pretrained backbones expect."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+"""what Pillow raises for a file that it cannot read"""
+
+_GREY_16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_PACKED_GREY = {"L;2": 85, "L;4": 17}
+"""PNGs of 2 and 4 bits a pixel, whose values Pillow spreads over 0…255 by these factors"""
+
+
+@contextmanager
+def _opened(path: str | Path, what: str) -> Iterator[Image.Image]:
+    """The file's first frame; whatever goes wrong inside becomes one ValueError that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except _BROKEN as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"cannot read the {what} {path}: {reason}") from error
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """uint8 [H, W, 3] RGB, turned the way a person sees it (EXIF orientation).
+
+    Grey, 1-bit and palette images take their displayed colour. Alpha is laid over white. 16-bit grey maps its full
+    range 0…65535 to 0…255, unstretched (larger values of 32-bit files are cut off); of 16-bit colour Pillow keeps
+    the high byte. CMYK and YCbCr are converted without their colour profile. Of an animation the first frame is read.
+
+    Raises:
+        ValueError: the file is missing, broken, too large for Pillow, or of floating-point values, whose range is
+            nowhere stated.
+    """
+    with _opened(path, "image") as image:
+        return np.array(_rgb(ImageOps.exif_transpose(image)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no stated range; save it with 8 or 16 bits")
+    if image.mode in _GREY_16:
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """uint8 [H, W] class indices of a palette or grey image; the palette's colours play no part.
+
+    Raises:
+        ValueError: the file is missing or broken, has colours instead of indices, or a value above 255.
+    """
+    with _opened(path, "mask") as image:
+        packed = _PACKED_GREY.get(_raw_mode(image), 1)
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in ("P", "L", "1", *_GREY_16):
+            raise ValueError(f"a mask holds one class index per pixel (a palette or grey PNG), this has {image.mode}")
+        values = np.asarray(image)
+        if values.size and values.max() > 255:
+            raise ValueError(f"class indices go up to 255, this has {values.max()}")
+        return values.astype(np.uint8) // packed
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the file packs its pixels, e.g. "L;4"; "" where the format does not say."""
+    arguments = image.tile[0][3] if image.tile else ""
+    return arguments if isinstance(arguments, str) else ""
+
+
+def read_map(path: str | Path) -> np.ndarray:
+    """f32 [H, W] in 0…1 of a grey map of 8 or 16 bits, 1 at the top of the range; colours become their luminance.
+
+    Raises:
+        ValueError: the file is missing or broken.
+    """
+    with _opened(path, "saliency map") as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in _GREY_16:
+            return (np.asarray(image).astype(np.float32) / 65535).clip(0, 1)
+        return np.asarray(image.convert("L")).astype(np.float32) / 255
+
+
+@cache
+def readable_suffixes() -> frozenset[str]:
+    """Lower-case file endings, with the dot, of the formats that Pillow can read."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def normalize(image: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] → f32 [3, H, W] in 0…1, ImageNet's mean taken out and divided by its deviation."""
+    planes = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C"))
+    return planes.sub_(_column(IMAGENET_MEAN, 255)).div_(_column(IMAGENET_STD, 255))
+
+
+def denormalize(image: Tensor) -> np.ndarray:
+    """The inverse of `normalize`: f32 [3, H, W] → uint8 [H, W, 3]."""
+    planes = image.detach().cpu().float() * _column(IMAGENET_STD, 255) + _column(IMAGENET_MEAN, 255)
+    return planes.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def _column(values: tuple[float, ...], factor: float) -> Tensor:
+    return torch.tensor(values)[:, None, None] * factor  # [3, 1, 1]

@@ -1,0 +1,102 @@
+"""PASCAL VOC 2012 in the VOCdevkit layout, with the SBD masks where they are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import defusedxml.ElementTree
+import numpy as np
+from defusedxml import DefusedXmlException
+
+from mcic.data.base import Dataset
+from mcic.data.images import read_image, read_mask
+from mcic.data.names import tag_matrix
+from mcic.data.palette import voc_palette
+from mcic.suggest import nearest
+
+CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+LAYOUT = (
+    "the VOCdevkit/VOC2012 folder with JPEGImages/, Annotations/, SegmentationClass/ and ImageSets/Segmentation/ "
+    "(and SegmentationClassAug/ for the augmented training set)"
+)
+
+
+class VOC12(Dataset):
+    """The segmentation part of VOC 2012.
+
+    With `SegmentationClassAug/` the training set is every image that has a mask there and is not in val (10,582 of
+    them in the published data), as is usual in the field; without it, `train.txt`. Masks of `val` always come from
+    `SegmentationClass/`. An image's tags are the names of all objects in its XML, difficult ones too.
+    """
+
+    def __init__(self, root: str | Path, split: Literal["train", "val"]) -> None:
+        """
+        Args:
+            root: VOC2012, VOCdevkit or the folder that holds it.
+            split: train or val.
+
+        Raises:
+            ValueError: a part of the layout is missing, or an annotation is missing, broken or of an unknown class.
+        """
+        self.name = "voc12"
+        self.classes = CLASSES
+        self.palette = voc_palette(len(CLASSES) + 1)
+        self.root = _find(Path(root).expanduser())
+        augmented = self.root / "SegmentationClassAug"
+        derived = split == "train" and augmented.is_dir()
+        self._masks = augmented if derived else self.root / "SegmentationClass"
+        self.ids = _augmented_ids(augmented, self._list("val")) if derived else self._list(split)
+        self._check_images()
+        annotations = [self.root / "Annotations" / f"{image_id}.xml" for image_id in self.ids]
+        self.tags = tag_matrix([_object_classes(path) for path in annotations], len(CLASSES))
+
+    def image(self, index: int) -> np.ndarray:
+        return read_image(self.path(index))
+
+    def mask(self, index: int) -> np.ndarray:
+        return read_mask(self._masks / f"{self.ids[index]}.png")
+
+    def path(self, index: int) -> Path:
+        return self.root / "JPEGImages" / f"{self.ids[index]}.jpg"
+
+    def _list(self, split: str) -> list[str]:
+        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if not path.is_file():
+            raise ValueError(f"--data.root has no {path.relative_to(self.root)}: expected {LAYOUT}, in {self.root}")
+        return path.read_text().split()
+
+    def _check_images(self) -> None:
+        there = {path.stem for path in (self.root / "JPEGImages").glob("*.jpg")}
+        missing = [image_id for image_id in self.ids if image_id not in there]
+        if missing:
+            raise ValueError(f"{self.root / 'JPEGImages'} lacks {len(missing)} listed images, first {missing[0]}.jpg")
+
+
+def _find(root: Path) -> Path:
+    for candidate in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if (candidate / "JPEGImages").is_dir():
+            return candidate
+    raise ValueError(f"--data.root has no JPEGImages/: expected {LAYOUT}, got {root}")
+
+
+def _augmented_ids(masks: Path, val: list[str]) -> list[str]:
+    return sorted({path.stem for path in masks.glob("*.png")} - set(val))
+
+
+def _object_classes(path: Path) -> list[int]:
+    """Class indices of the objects of an annotation; a part of an object, e.g. a head, is none."""
+    try:
+        tree = defusedxml.ElementTree.parse(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"image {path.stem} has no annotation: expected {path}") from error
+    except (defusedxml.ElementTree.ParseError, DefusedXmlException) as error:
+        raise ValueError(f"cannot read the annotation {path}: {error!r}") from error
+    names = {name.text.strip() for name in tree.iterfind("object/name") if name.text}
+    for name in sorted(names - set(CLASSES)):
+        raise ValueError(f"{path} has an object {name!r}, which is no class of VOC{nearest(name, CLASSES)}")
+    return [CLASSES.index(name) for name in names]

@@ -1,0 +1,206 @@
+"""Quality of the network on val and of the masks on the training images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcic import distributed
+from mcic.build import build_model, choose_device
+from mcic.checkpoint import checkpoints, load_checkpoint
+from mcic.config_io import load_config
+from mcic.data import EvalItem, build_data, build_saliency, default_workers, eval_items
+from mcic.inference import dense_protocol, pad_to_grid, to_pixels
+from mcic.metrics import ConfusionMatrix
+from mcic.model import MCIC, Augmented, Prediction
+from mcic.objective import Objective
+from mcic.pseudo import with_background
+
+BATCH_PIXELS = 2**18
+"""images of one size are evaluated together up to this many pixels"""
+
+MASK_NAMES = ("cam", "seg", "context", "merged")
+"""M; the M' rule on s without the bank (the control); M'; M''"""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelOutputs:
+    """What the model says at every pixel of B images: prediction, and what it says after reading the bank, if any."""
+
+    prediction: Prediction
+    augmented: Augmented | None
+
+
+@torch.no_grad()
+def at_pixels(model: MCIC, images: Tensor, tags: Tensor) -> PixelOutputs:
+    """Run the model at one scale and bring its scores to the pixels of `images` [B, 3, H, W]; features stay coarse."""
+    stride, size = model.network.stride, tuple(images.shape[-2:])
+    prediction = model(pad_to_grid(images, stride))
+    augmented = model.read(prediction, tags) if model.memory is not None else None
+    prediction = replace(
+        prediction,
+        heatmap=to_pixels(prediction.heatmap, stride, size),
+        logits=to_pixels(prediction.logits, stride, size),
+    )
+    if augmented is not None:
+        heatmap = None if augmented.heatmap is None else to_pixels(augmented.heatmap, stride, size)
+        augmented = replace(augmented, logits=to_pixels(augmented.logits, stride, size), heatmap=heatmap)
+    return PixelOutputs(prediction, augmented)
+
+
+def mask_candidates(
+    objective: Objective, outputs: PixelOutputs, tags: Tensor, saliency: Tensor | None
+) -> dict[str, Tensor]:
+    """Name of `MASK_NAMES` → uint8 [B, H, W], as far as the configuration makes them."""
+    masks = objective.masks(outputs.prediction, outputs.augmented, tags, saliency, None).named()
+    masks["seg"] = objective.context_mask(outputs.prediction.logits, tags, saliency, None)
+    return {name: masks[name] for name in MASK_NAMES if name in masks}
+
+
+@torch.no_grad()
+def evaluate_network(
+    model: MCIC, items: Iterable[EvalItem], *, protocol: str, device: torch.device
+) -> dict[str, ConfusionMatrix]:
+    """Confusion of the network alone (`network`) and of s̃ given the tags (`context`, where there is a bank).
+
+    Args:
+        model: put into evaluation mode.
+        items: this rank's images; those without ground truth are passed over.
+        protocol: see `mcic.inference.PROTOCOLS`.
+        device: where the model is.
+    """
+    model.eval()
+    num_classes = model.network.spec.num_classes
+    names = ("network", "context") if model.memory is not None else ("network",)
+    confusion = {name: ConfusionMatrix(num_classes, device) for name in names}
+    for batch in _by_size(items, device):
+
+        def scores(images: Tensor, tags: Tensor = batch.tags) -> Tensor:
+            prediction = model(images)
+            if model.memory is None:
+                return prediction.logits
+            return torch.cat([prediction.logits, model.read(prediction, tags).logits], 1)
+
+        maps = dense_protocol(scores, batch.images, model.network.stride, protocol)
+        confusion["network"].update(maps[:, :num_classes].argmax(1), batch.truth)
+        if "context" in confusion:
+            absent = ~with_background(batch.tags)[:, :, None, None]
+            given_tags = maps[:, num_classes:].masked_fill(absent, -torch.inf).argmax(1)
+            confusion["context"].update(given_tags, batch.truth)
+    for matrix in confusion.values():
+        matrix.reduce()
+    return confusion
+
+
+@torch.no_grad()
+def evaluate_masks(
+    model: MCIC, objective: Objective, items: Iterable[EvalItem], *, device: torch.device
+) -> dict[str, ConfusionMatrix]:
+    """Confusion of M, M', M'' and of the control on training images, given their tags."""
+    model.eval()
+    confusion: dict[str, ConfusionMatrix] = {}
+    for batch in _by_size(items, device):
+        outputs = at_pixels(model, batch.images, batch.tags)
+        for name, mask in mask_candidates(objective, outputs, batch.tags, batch.saliency).items():
+            empty = ConfusionMatrix(model.network.spec.num_classes, device)
+            confusion.setdefault(name, empty).update(mask, batch.truth)
+    for matrix in confusion.values():
+        matrix.reduce()
+    return confusion
+
+
+def summarize(
+    network: dict[str, ConfusionMatrix], masks: dict[str, ConfusionMatrix], classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """The quality entries of `summary.json`, IoUs in percent."""
+    summary: dict[str, Any] = {"classes": ["background", *classes], "per_class": {}}
+    if "network" in network:
+        summary["val/miou"] = network["network"].miou()
+        summary["per_class"]["val"] = network["network"].iou()
+        summary["confusion"] = network["network"].counts.tolist()
+    if "context" in network:
+        summary["val/miou_context"] = network["context"].miou()
+        summary["per_class"]["val_context"] = network["context"].iou()
+    for name, matrix in masks.items():
+        summary[f"train/mask_miou_{name}"] = matrix.miou()
+        summary[f"train/mask_coverage_{name}"] = matrix.coverage()
+        summary["per_class"][f"train_{name}"] = matrix.iou()
+    return summary
+
+
+def evaluate_run(run: Path, *, protocol: str | None = None, split: str = "val") -> dict[str, Any]:
+    """Score the newest checkpoint of a run again.
+
+    Args:
+        run: the run folder.
+        protocol: see `mcic.inference.PROTOCOLS`; None: the run's own.
+        split: `val`: the network and s̃; `train`: the masks M, M', M'' and the control.
+
+    Returns:
+        Entries of `summary.json`, IoUs in percent.
+
+    Raises:
+        ValueError: no run folder, or one without a checkpoint.
+    """
+    config = load_config(run / "config.yaml")
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise ValueError(f"{run} holds no checkpoint yet: expected checkpoints/step-…")
+    device = choose_device(config.run.device)
+    data = build_data(config.data)
+    saliency = build_saliency(config.data.saliency, cache=config.data.cache)
+    model_config = dataclasses.replace(config.model, weights="none")  # the checkpoint has them
+    num_classes = len(data.train.classes) + 1
+    model = build_model(model_config, config.method, num_classes=num_classes, backend=config.run.backend)
+    load_checkpoint(found[-1], model=model)
+    model.to(device, memory_format=torch.channels_last)
+    dataset = getattr(data, split)
+    items = eval_items(dataset, saliency, workers=default_workers(config.data.workers, dataset))
+    if split == "train":
+        return summarize({}, evaluate_masks(model, Objective(config.method), items, device=device), data.train.classes)
+    protocol = protocol or config.eval.protocol
+    return summarize(evaluate_network(model, items, protocol=protocol, device=device), {}, data.train.classes)
+
+
+def share_of_rank(count: int) -> list[int]:
+    """The places among `count` images that this rank evaluates."""
+    return list(range(distributed.rank(), count, distributed.world_size()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    images: Tensor
+    tags: Tensor
+    saliency: Tensor | None
+    truth: Tensor
+
+
+def _by_size(items: Iterable[EvalItem], device: torch.device) -> Iterator[_Stack]:
+    """Neighbouring images of one size, stacked; images without ground truth are left out."""
+    waiting: list[EvalItem] = []
+    for item in items:
+        if item.mask is None:
+            continue
+        size = item.image.shape[-2:]
+        full = (len(waiting) + 1) * size.numel() > BATCH_PIXELS
+        if waiting and (full or waiting[0].image.shape[-2:] != size):
+            yield _stack(waiting, device)
+            waiting = []
+        waiting.append(item)
+    if waiting:
+        yield _stack(waiting, device)
+
+
+def _stack(items: list[EvalItem], device: torch.device) -> _Stack:
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(item, name) for item in items]).to(device)
+
+    saliency = None if items[0].saliency is None else stacked("saliency")
+    images = stacked("image").contiguous(memory_format=torch.channels_last)
+    return _Stack(images, stacked("tags"), saliency, stacked("mask"))

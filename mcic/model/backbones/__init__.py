@@ -1,0 +1,42 @@
+"""Feature extractors: `build_backbone(name)` is the door; only the module of the chosen one is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from mcic.model.backbones.base import Backbone
+from mcic.model.backbones.weights import load_state_dict, load_weights
+
+__all__ = ["Backbone", "build_backbone", "load_state_dict"]
+
+_MODULES = {
+    "tiny": "tiny",
+    "vgg16": "vgg",
+    "resnet50": "resnet",
+    "resnet101": "resnet",
+    "efficientnet_lite0": "efficientnet",
+}
+
+
+def build_backbone(name: str, *, weights: str = "none", output_stride: int | None = None) -> Backbone:
+    """The backbone `name`, with weights.
+
+    Args:
+        name: tiny | vgg16 | resnet50 | resnet101 | efficientnet_lite0.
+        weights: none (random) | imagenet | path of a .pth, .pt or .safetensors file; see `weights.py`.
+        output_stride: image pixels per feature pixel; None: the backbone's own.
+
+    Raises:
+        ValueError: no such backbone, an output stride it does not have, or weights that cannot be had or do not fit.
+    """
+    if name not in _MODULES:
+        near = difflib.get_close_matches(name, _MODULES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--model.backbone must be one of {', '.join(_MODULES)}, got {name!r}{hint}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    backbone: Backbone = getattr(module, name)(output_stride=output_stride)
+    if weights != "none":
+        load_weights(backbone, load_state_dict(weights, name), source=weights)
+        backbone.pretrained = True
+    return backbone

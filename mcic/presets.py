@@ -1,0 +1,87 @@
+"""Named configurations: a data set and a network with the settings that suit them. The docstring is the help text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from mcic.config import Config, DataConfig, EvalConfig, MethodConfig, ModelConfig, TrainConfig
+from mcic.suggest import nearest
+
+DEFAULT = "shapes"
+
+
+def preset(name: str) -> Config:
+    """A fresh copy of the configuration called `name`; raises ValueError, with the nearest name, if there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"the preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+def _shapes() -> Config:
+    """procedural shapes on textured ground, made at run time: minutes on a CPU, nothing to download"""
+    return Config(
+        preset="shapes",
+        data=DataConfig(name="shapes", saliency="auto"),
+        model=ModelConfig(backbone="tiny", weights="none"),
+        method=MethodConfig(slots=32),
+        train=TrainConfig(epochs=20, batch_size=16, lr=0.02, new_layer_lr=1.0, size=96, scale=(0.8, 1.25)),
+    )
+
+
+def _voc12_vgg16() -> Config:
+    """PASCAL VOC 2012 with VGG16, large field of view"""
+    return _paper("voc12-vgg16", "voc12", "vgg16", head="lfov", size=321)
+
+
+def _voc12_resnet101() -> Config:
+    """PASCAL VOC 2012 with ResNet-101, ASPP"""
+    return _paper("voc12-resnet101", "voc12", "resnet101", head="aspp", size=321)
+
+
+def _coco14_vgg16() -> Config:
+    """COCO 2014 with VGG16, large field of view"""
+    return _paper("coco14-vgg16", "coco14", "vgg16", head="lfov", size=417)
+
+
+def _coco14_resnet101() -> Config:
+    """COCO 2014 with ResNet-101, ASPP"""
+    return _paper("coco14-resnet101", "coco14", "resnet101", head="aspp", size=417)
+
+
+def _folder() -> Config:
+    """your own photographs and tags, with EfficientNet-Lite0: works on a CPU"""
+    return Config(
+        preset="folder",
+        data=DataConfig(name="folder"),
+        model=ModelConfig(backbone="efficientnet_lite0", weights="imagenet"),
+        train=TrainConfig(epochs=12, batch_size=8, lr=0.002, size=224),
+    )
+
+
+def _paper(
+    name: str,
+    data: Literal["voc12", "coco14"],
+    backbone: Literal["vgg16", "resnet101"],
+    *,
+    head: Literal["lfov", "aspp"],
+    size: int,
+) -> Config:
+    """The paper's settings, which are the defaults of the fields."""
+    return Config(
+        preset=name,
+        data=DataConfig(name=data),
+        model=ModelConfig(backbone=backbone, weights="imagenet", segmentation_head=head),
+        train=TrainConfig(size=size),
+        eval=EvalConfig(protocol="voc"),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "shapes": _shapes,
+    "voc12-vgg16": _voc12_vgg16,
+    "voc12-resnet101": _voc12_resnet101,
+    "coco14-vgg16": _coco14_vgg16,
+    "coco14-resnet101": _coco14_resnet101,
+    "folder": _folder,
+}

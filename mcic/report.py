@@ -1,0 +1,253 @@
+"""`report.html`: what a run did, for a person to look at, in one file that loads nothing from outside.
+
+`write_report(run)` reads the run folder, builds a plain dict, and `templates/report.html` renders it. Only
+`config.yaml` and one of `metrics.jsonl` and `summary.json` must be there; whatever else is absent, the page says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from mcic import __version__
+from mcic.charts import Line, confusion_chart, line_chart, number
+from mcic.measures import (
+    CAM,
+    CONTEXT,
+    CONTROL,
+    EVALUATION_FIGURES,
+    MASKS,
+    NETWORK,
+    TRAINING_FIGURES,
+    WITH_MEMORY,
+    Figure,
+    Measure,
+)
+from mcic.preview import EXAMPLES
+from mcic.runfolder import RunFolder, column, finite, read_run, steps
+
+_THUMBNAIL = 360  # longest side of an embedded picture, pixels: a gallery of twenty stays a few MB
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run folder.
+
+    Args:
+        run: folder with `config.yaml` and `metrics.jsonl` or `summary.json`, better with both, and where there are
+            any `env.json`, `evaluations.jsonl` and `previews/final/index.json`.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: the folder is no run folder, or one of its files cannot be read.
+    """
+    folder = read_run(Path(run))
+    environment = Environment(
+        loader=PackageLoader("mcic", "templates"),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "percent": _percent, "signed": _signed, "setting": _setting}
+    page = environment.get_template("report.html").render(_context(folder))
+    path, partial = folder.path / "report.html", folder.path / "report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)  # a reader never sees half a report
+    return path
+
+
+def _context(run: RunFolder) -> dict[str, Any]:
+    """Everything the template shows."""
+    summary = run.summary
+    classes = _classes(summary)
+    return {
+        "version": __version__,
+        "name": run.path.resolve().name,
+        "preset": run.config.get("preset") or "Training run",
+        "facts": _facts(run),
+        "verdict": _verdict(summary),
+        "notes": _notes(run),
+        "tiles": [_score(measure, summary) for measure in (NETWORK, *MASKS)],
+        "results": [_score(measure, summary) for measure in (NETWORK, WITH_MEMORY, *MASKS)],
+        "figures": [*_figures(TRAINING_FIGURES, run.metrics), *_figures(EVALUATION_FIGURES, run.evaluations)],
+        "classes": classes,
+        "per_class": _per_class(summary, classes),
+        "confusion": _confusion(summary, classes),
+        "examples": [_example(run.path / EXAMPLES, entry) for entry in run.examples],
+        "scalars": {key: value for key, value in summary.items() if not isinstance(value, list | dict)},
+        "config": {name: group for name, group in run.config.items() if isinstance(group, dict)},
+        "env": run.env,
+    }
+
+
+def _facts(run: RunFolder) -> dict[str, Any]:
+    """The few settings and figures that stand under the title; those that are not known are left out."""
+    seconds, speed = finite(run.summary, "seconds"), finite(run.summary, "images_per_second")
+    facts = {
+        "data": run.setting("data", "root") or run.setting("data", "name"),
+        "backbone": run.setting("model", "backbone"),
+        "rules": run.setting("method", "rules"),
+        "context": run.setting("method", "context"),
+        "supervision": run.setting("method", "supervision"),
+        "epochs": run.setting("train", "epochs"),
+        "steps": run.metrics[-1].get("step") if run.metrics else None,
+        "batch": run.setting("train", "batch_size"),
+        "crop": run.setting("train", "size"),
+        "seed": run.setting("train", "seed"),
+        "backend": run.summary.get("backend"),
+        "time": _duration(seconds) if seconds is not None else None,
+        "speed": f"{number(speed)} images/s" if speed is not None else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    cam, control, context = (finite(summary, mask.key) for mask in (CAM, CONTROL, CONTEXT))
+    if context is None or cam is None:
+        return "The masks were not all measured, so nothing can be said of what the memory adds."
+    gain = _compare(context - cam, "the CAM mask")
+    if control is None:
+        return f"On the training images the context mask is {gain}; the control was not measured."
+    return f"On the training images the context mask is {gain} and {_compare(context - control, 'the control')}."
+
+
+def _compare(difference: float, other: str) -> str:
+    if abs(difference) < 0.05:
+        return f"level with {other}"
+    return f"{abs(difference):.1f} points {'better' if difference > 0 else 'worse'} than {other}"
+
+
+def _notes(run: RunFolder) -> list[str]:
+    """What is absent or went wrong, a sentence each."""
+    notes = []
+    absent = [measure.name for measure in (NETWORK, *MASKS) if finite(run.summary, measure.key) is None]
+    if not run.summary:
+        notes.append("There is no summary.json: the run is unfinished, and its final scores are not known.")
+    elif absent:
+        notes.append(f"Not measured: {', '.join(absent)}.")
+    if not run.metrics:
+        notes.append("There are no curves: metrics.jsonl is absent or empty.")
+    wrong = [row for row in run.metrics if "loss/total" in row and finite(row, "loss/total") is None]
+    if wrong:
+        first = wrong[0].get("step", "?")
+        notes.append(f"Training diverged: the loss is not finite in {len(wrong)} logged steps, first in step {first}.")
+    if run.setting("method", "supervision") == "full":
+        notes.append("Trained on ground-truth masks (--method.supervision full): the ceiling, not the method.")
+    if not run.examples:
+        notes.append("There are no examples: previews/final/index.json is absent or empty.")
+    if not run.env:
+        notes.append("Versions and machine are not known: env.json is absent or empty.")
+    return notes
+
+
+def _score(measure: Measure, summary: dict[str, Any]) -> dict[str, Any]:
+    """A measure with its value, its coverage, and for masks what it gains over the CAM mask and over the control."""
+    value = finite(summary, measure.key)
+
+    def over(other: Measure) -> float | None:
+        base = finite(summary, other.key)
+        comparable = measure in MASKS and measure is not other and value is not None and base is not None
+        return value - base if comparable else None
+
+    return {
+        "measure": measure,
+        "value": value,
+        "coverage": finite(summary, measure.coverage) if measure.coverage else None,
+        "over_cam": over(CAM),
+        "over_control": over(CONTROL),
+    }
+
+
+def _figures(figures: Sequence[Figure], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The charts for which `rows` hold any value; the legend carries the last one of every curve."""
+    charts = []
+    for figure in figures:
+        lines = [Line(curve.name, curve.color, column(rows, curve.key), curve.dashed) for curve in figure.curves]
+        lines = [line for line in lines if np.isfinite(line.values).any()]
+        if lines:
+            legend = [(line, line.values[np.isfinite(line.values)][-1]) for line in lines]
+            svg = line_chart(steps(rows), lines, label=figure.title, top=figure.top)
+            charts.append({"title": figure.title, "note": figure.note, "svg": Markup(svg), "legend": legend})
+    return charts
+
+
+def _classes(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """Name and CSS colour of every class; numbers and grey where the summary does not say."""
+    per_class = [len(scores) for scores in (summary.get("per_class") or {}).values() if scores]
+    names = summary.get("classes") or [f"class {k}" for k in range(max(per_class, default=0))]
+    colors = [f"rgb({int(r)} {int(g)} {int(b)})" for r, g, b in summary.get("palette") or []]
+    colors += ["gray"] * (len(names) - len(colors))
+    return [{"name": str(name), "color": color} for name, color in zip(names, colors, strict=False)]
+
+
+def _per_class(summary: dict[str, Any], classes: list[dict[str, str]]) -> dict[str, Any]:
+    """`columns`: the measures that have per-class scores; `rows`: class and scores (None where there is none)."""
+    scores = summary.get("per_class") or {}
+    columns = [measure for measure in (NETWORK, *MASKS) if scores.get(measure.per_class)]
+    rows = [
+        (entry, [finite(dict(enumerate(scores[measure.per_class])), k) for measure in columns])
+        for k, entry in enumerate(classes)
+    ]
+    return {"columns": columns, "rows": rows if columns else []}
+
+
+def _confusion(summary: dict[str, Any], classes: list[dict[str, str]]) -> Markup | None:
+    counts = np.array(summary.get("confusion") or [], dtype=np.int64)
+    if counts.shape != (len(classes), len(classes)) or not counts.any():
+        return None
+    return Markup(confusion_chart(counts, [entry["name"] for entry in classes]))
+
+
+def _example(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """One image of the gallery: its panels as data URIs (None where the file is gone), each with its IoU."""
+    iou = entry.get("iou") or {}
+    panels = [
+        {"name": name, "uri": _data_uri(folder / Path(file).name), "iou": finite(iou, name), "scored": name in iou}
+        for name, file in entry["panels"].items()
+    ]
+    return {"id": entry["id"], "tags": entry.get("tags") or [], "panels": panels}
+
+
+def _data_uri(path: Path) -> str | None:
+    """A small copy of a picture: PNG where it has few colours, as masks do, else JPEG."""
+    if not path.is_file():
+        return None
+    try:
+        image = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} is no readable picture: {error}") from error
+    flat = image.getcolors(256) is not None
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if flat:
+        image.quantize(256).save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=88)
+    return f"data:image/{'png' if flat else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value, 4).removesuffix(".000")
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "unset" if value is None else str(value)

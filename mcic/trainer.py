@@ -1,0 +1,297 @@
+"""The training loop: what happens in a step, at the end of an epoch, and at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcic import distributed
+from mcic.build import build_model, choose_device, seed_everything
+from mcic.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint, save_network
+from mcic.config import Config
+from mcic.config_io import save_config
+from mcic.data import Batch, TrainLoader, build_data, build_saliency, default_workers, eval_items
+from mcic.evaluate import evaluate_masks, evaluate_network, share_of_rank, summarize
+from mcic.log import RunLog, environment
+from mcic.measures import summary_rows
+from mcic.objective import Objective, push
+from mcic.ops import describe_backends
+from mcic.optim import build_optimizer, gradient_norm, set_lr
+from mcic.panels import draw_examples, draw_previews
+from mcic.report import write_report
+from mcic.schedule import poly, ramp_up
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """One run, from a configuration to a summary.
+
+    Args:
+        config: see `mcic.config`; stored in the run folder as resolved.
+
+    Raises:
+        ValueError: data, weights, device or run folder that cannot be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config = config.resolved()
+        self.device = choose_device(config.run.device)
+        distributed.initialize(self.device)
+        self.folder = self._claim_folder()
+        seed_everything(config)
+        self.data = build_data(config.data)
+        self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
+        self.loader = self._build_loader()
+        num_classes = len(self.data.train.classes) + 1
+        backend = config.run.backend
+        self.model = build_model(config.model, config.method, num_classes=num_classes, backend=backend)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.objective = Objective(config.method)
+        train = config.train
+        self.optimizer = build_optimizer(
+            self.model, lr=train.lr, new_layer_lr=train.new_layer_lr, momentum=train.momentum,
+            weight_decay=train.weight_decay,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")
+        self.step = 0
+        self.total_steps = train.epochs * self.loader.steps
+        self.seconds = 0.0  # of training, over all parts of a resumed run
+        self._load_state()
+        if train.compile:
+            self.model.network.backbone.compile()
+
+    def fit(self) -> dict[str, Any]:
+        """Train, evaluate, write the summary and the report; returns the summary."""
+        if self._finished():
+            return json.loads((self.folder / "summary.json").read_text())
+        run, leads = self.config.run, distributed.rank() == 0
+        if leads:
+            save_config(self.config, self.folder / "config.yaml")
+            (self.folder / "env.json").write_text(json.dumps(environment(), indent=1))
+        with RunLog(
+            self.folder, tensorboard=run.tensorboard, total_steps=self.total_steps, start_step=self.step, enabled=leads
+        ) as log:
+            log.message(self._opening_line())
+            for epoch in range(self.step // self.loader.steps, self.config.train.epochs):
+                self._train_epoch(epoch, log)
+                self._end_epoch(epoch, log)
+            summary = self._summarize(log)
+            if leads:
+                self._close(summary, log)
+        distributed.barrier()
+        distributed.finish()
+        return summary
+
+    # --- a step -------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, epoch: int, log: RunLog) -> None:
+        self.model.train()
+        started, last = time.perf_counter(), self.step
+        for batch in self.loader.epoch(epoch, start=self.step % self.loader.steps):
+            terms = self._train_step(batch.to(self.device))
+            self.step += 1
+            if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
+                metrics = self._read(terms)
+                elapsed = time.perf_counter() - started
+                self.seconds += elapsed
+                metrics["images_per_second"] = (self.step - last) * self.config.train.batch_size / elapsed
+                log.step(self.step, epoch, metrics)
+                started, last = time.perf_counter(), self.step
+        self.seconds += time.perf_counter() - started
+
+    def _train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update; returns this rank's share of every figure, still on the device."""
+        train = self.config.train
+        # Dropout is a function of the step, so a resumed run draws what an uninterrupted one would.
+        torch.manual_seed((train.seed * 2**32 + self.step * distributed.world_size() + distributed.rank()) % 2**63)
+        ramp, factor = self._schedules()
+        set_lr(self.optimizer, factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        summed: dict[str, Tensor] = {}
+        for part in _split(batch, train.accumulate):
+            with self._autocast():
+                output = self.objective(self.model, part, ramp)
+            self.scaler.scale(output.total / train.accumulate).backward()
+            if output.contexts is not None:
+                push(self.model, output.contexts)
+            for name, value in output.terms.items():
+                summed[name] = summed.get(name, 0) + value / train.accumulate
+        summed["grad_norm"] = self._update()
+        return summed
+
+    def _update(self) -> Tensor:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        distributed.sum_gradients(parameters)
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(parameters)
+        if self.config.train.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip_grad, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.update_ema()
+        return norm / distributed.world_size()
+
+    def _schedules(self) -> tuple[Tensor, float]:
+        """λ on the device and the factor of the learning rate."""
+        train, method = self.config.train, self.config.method
+        ramp = ramp_up(self.step, method.ramp_epochs * self.loader.steps, power=method.ramp_power)
+        if train.lr_schedule == "epoch":
+            done, total = self.step // self.loader.steps, train.epochs
+            factor = poly(done, total, power=train.lr_power)
+            factor *= min(1.0, (self.step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+        else:
+            factor = poly(self.step, self.total_steps, power=train.lr_power, warmup=train.warmup_steps)
+        return torch.tensor(ramp, device=self.device), factor
+
+    def _read(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """The figures of a step over all ranks, fetched in one transfer, with the schedules beside them."""
+        values = distributed.sum_(torch.stack([value.detach().float() for value in terms.values()])).tolist()
+        metrics = dict(zip(terms, values, strict=True))
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["lambda"] = float(self._ramp_of(self.step - 1))
+        if self.device.type == "cuda":
+            metrics["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return metrics
+
+    def _ramp_of(self, step: int) -> float:
+        method = self.config.method
+        return ramp_up(step, method.ramp_epochs * self.loader.steps, power=method.ramp_power)
+
+    def _autocast(self) -> AbstractContextManager:
+        precision = self.config.train.precision
+        return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+    # --- the end of an epoch, and of the run --------------------------------------------------------------------
+
+    def _end_epoch(self, epoch: int, log: RunLog) -> None:
+        run, every = self.config.run, self.config.eval.every
+        if every and (epoch + 1) % every == 0 and epoch + 1 < self.config.train.epochs:
+            scores = summarize(self._evaluate_network(), {}, self.data.train.classes)
+            log.evaluation(self.step, epoch, {k: v for k, v in scores.items() if isinstance(v, float)})
+        if distributed.rank() == 0:
+            save_checkpoint(
+                self.folder / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer,
+                state={"seconds": self.seconds, "scaler": self.scaler.state_dict()}, keep=run.keep,
+            )  # fmt: skip
+            self._save_network()
+            if run.previews:
+                indices = range(min(run.previews, len(self.data.train)))
+                items = eval_items(self.data.train, self.saliency, indices=indices)
+                path = self.folder / "previews" / f"epoch-{epoch + 1:03d}.png"
+                draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
+        distributed.barrier()
+
+    def _summarize(self, log: RunLog) -> dict[str, Any]:
+        """Evaluate and put together `summary.json`."""
+        log.message("Evaluating")
+        masks = {}
+        if self.config.eval.mask_images:
+            self.data.train.subset(self.config.eval.mask_images)
+            items = self._items(self.data.train)
+            masks = evaluate_masks(self.model, self.objective, items, device=self.device)
+        config = self.config
+        summary = {
+            "preset": config.preset,
+            "data": config.data.name,
+            "palette": self.data.train.palette.tolist(),
+            **summarize(self._evaluate_network(), masks, self.data.train.classes),
+            "protocol": config.eval.protocol,
+            "steps": self.step,
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(self.step * config.train.batch_size / max(self.seconds, 1e-9), 2),
+            "backend": describe_backends(config.run.backend, self.device),
+            "device": str(self.device),
+            "ground_truth_used_for_training": config.method.supervision == "full",
+        }
+        log.evaluation(self.step, config.train.epochs - 1, {k: v for k, v in summary.items() if "/" in k})
+        return summary
+
+    def _evaluate_network(self) -> dict:
+        items = self._items(self.data.val)
+        return evaluate_network(self.model, items, protocol=self.config.eval.protocol, device=self.device)
+
+    def _items(self, dataset: Any) -> Iterator:
+        workers = default_workers(self.config.data.workers, dataset)
+        return eval_items(dataset, self.saliency, indices=share_of_rank(len(dataset)), workers=workers)
+
+    def _close(self, summary: dict[str, Any], log: RunLog) -> None:
+        if self.config.run.previews:
+            chosen = range(min(12, len(self.data.train)))
+            items = eval_items(self.data.train, self.saliency, indices=chosen)
+            draw_examples(self.folder, self.model, self.objective, items, self.data.train, device=self.device)
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        log.table("Results", summary_rows(summary))
+        if self.config.run.report:
+            log.message(f"Report: {write_report(self.folder)}")
+        log.message(f"Checkpoints: {self.folder / 'checkpoints'} (network.safetensors runs at test time)")
+
+    # --- building, saving, resuming -----------------------------------------------------------------------------
+
+    def _claim_folder(self) -> Path:
+        run = self.config.run
+        if run.dir is None:
+            run.dir = f"runs/{self.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(run.dir)
+        if run.resume == "none" and any(folder.glob("*")):
+            raise ValueError(
+                f"--run.dir {folder} already holds files: continue that run with --run.resume auto, "
+                "or choose another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        return folder
+
+    def _build_loader(self) -> TrainLoader:
+        train, data = self.config.train, self.config.data
+        return TrainLoader(
+            self.data.train, self.saliency, size=train.size, scale=train.scale, flip=train.flip,
+            color_jitter=train.color_jitter, batch_size=train.batch_size, seed=train.seed,
+            workers=default_workers(data.workers, self.data.train),
+            rank=distributed.rank(), world_size=distributed.world_size(),
+        )  # fmt: skip
+
+    def _load_state(self) -> None:
+        run = self.config.run
+        if run.init_from is not None:
+            load_initial(self.model, Path(run.init_from))
+        if run.resume == "none":
+            return
+        found = checkpoints(self.folder / "checkpoints")[-1:] if run.resume == "auto" else [Path(run.resume)]
+        for path in found:
+            state = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _finished(self) -> bool:
+        return self.config.run.resume == "auto" and (self.folder / "summary.json").is_file()
+
+    def _save_network(self) -> None:
+        train = self.data.train
+        save_network(
+            self.folder / "checkpoints", self.model.network, classes=train.classes, palette=train.palette.tolist()
+        )
+
+    def _opening_line(self) -> str:
+        data, config = self.data, self.config
+        start = f" from step {self.step}" if self.step else ""
+        return (
+            f"{config.preset}: {len(data.train)} training and {len(data.val)} validation images, "
+            f"{len(data.train.classes)} classes, {config.model.backbone} on {self.device}, "
+            f"{self.total_steps} steps{start} → {self.folder}"
+        )
+
+
+def _split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch as `parts` micro-batches."""
+    fields = [getattr(batch, name) for name in Batch.__slots__]
+    chunks = [[None] * parts if field is None else field.chunk(parts) for field in fields]
+    for part in zip(*chunks, strict=True):
+        yield Batch(*part)

@@ -1,0 +1,166 @@
+"""Order, shares and determinism of the loaders."""
+
+import numpy as np
+import pytest
+import torch
+from trees import scene
+
+from mcic.data import EvalItem, TrainLoader, default_workers, eval_items
+from mcic.data.base import Dataset
+from mcic.data.palette import voc_palette
+
+
+class Scenes(Dataset):
+    """Images in memory, of several sizes; image `broken` cannot be read, and every third has no mask."""
+
+    name = "scenes"
+    classes = ("a", "b", "c")
+    palette = voc_palette(4)
+
+    def __init__(self, count, broken=-1):
+        self.ids = [f"scene_{index}" for index in range(count)]
+        self.broken = broken
+        labels = [[1 + i % 3] for i in range(count)]
+        self.scenes = [scene(i, labels[i], size=(40 + i, 50)) for i in range(count)]
+        self.tags = np.eye(3, dtype=bool)[np.arange(count) % 3]
+
+    def image(self, index):
+        if index == self.broken:
+            raise ValueError("cannot read the image scene.jpg")
+        return self.scenes[index][0]
+
+    def mask(self, index):
+        return None if index % 3 == 2 else self.scenes[index][1]
+
+
+def brightness(dataset, index, image):
+    return (image.max(2) / 255).astype(np.float32)
+
+
+def loader(count=11, *, dataset=None, saliency=brightness, **changes):
+    arguments = {"size": 32, "scale": (0.5, 1.5), "flip": True, "color_jitter": 0.2, "batch_size": 4, "seed": 0,
+                 "workers": 0} | changes  # fmt: skip
+    return TrainLoader(dataset or Scenes(count), saliency, **arguments)
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in a.__slots__)
+
+
+def test_batches_have_the_promised_shapes():
+    (first, _), data = loader().epoch(0), Scenes(11)
+    assert first.images.shape == (4, 3, 32, 32)
+    assert first.images.dtype == torch.float32
+    assert first.saliency.shape == first.masks.shape == first.valid.shape == (4, 32, 32)
+    assert (first.masks.dtype, first.valid.dtype, first.indices.dtype) == (torch.uint8, torch.bool, torch.int64)
+    assert torch.equal(first.tags, torch.from_numpy(data.tags[first.indices]))
+    unmasked = first.indices % 3 == 2
+    assert ((first.masks == 255).all(2).all(1) >= unmasked).all()
+    assert (first.masks[~unmasked] < 255).any()
+
+
+def test_an_epoch_shows_every_image_once_and_drops_the_rest():
+    train = loader()
+    assert train.steps == 2
+    for epoch in range(3):
+        indices = torch.cat([batch.indices for batch in train.epoch(epoch)]).tolist()
+        assert len(indices) == len(set(indices)) == 8
+        assert indices != sorted(indices)
+    orders = {tuple(torch.cat([batch.indices for batch in train.epoch(e)]).tolist()) for e in (0, 1, 2, 0)}
+    assert len(orders) == 3
+
+
+def test_the_number_of_workers_changes_nothing():
+    here, there = loader(), loader(workers=2)
+    for epoch in (0, 1):
+        batches = list(zip(here.epoch(epoch), there.epoch(epoch), strict=True))
+        assert len(batches) == 2
+        assert all(same(a, b) for a, b in batches)
+
+
+def test_a_run_that_stopped_within_an_epoch_leaves_no_trace():
+    train = loader(workers=1)
+    next(iter(train.epoch(0)))
+    assert all(same(a, b) for a, b in zip(loader().epoch(1), train.epoch(1), strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_tile_the_global_batch(world_size):
+    ranks = [list(loader(rank=rank, world_size=world_size).epoch(1)) for rank in range(world_size)]
+    for step, whole in enumerate(loader().epoch(1)):
+        for name in whole.__slots__:
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(batches[step], name) for batches in ranks]))
+
+
+def test_start_skips_without_reading():
+    data = Scenes(12)
+    *_, last = loader(dataset=data).epoch(0)
+    read = []
+    data.image = lambda index: read.append(index) or data.scenes[index][0]
+    (resumed,) = loader(dataset=data).epoch(0, start=2)
+    assert same(last, resumed)
+    assert sorted(read) == sorted(resumed.indices.tolist())
+    assert list(loader(dataset=data).epoch(0, start=3)) == []
+    with pytest.raises(ValueError, match="3 steps"):
+        next(loader(dataset=data).epoch(0, start=4))
+
+
+def test_without_saliency():
+    train = TrainLoader(
+        Scenes(4), None, size=16, scale=(1, 1), flip=False, color_jitter=0, batch_size=2, seed=0, workers=0
+    )
+    assert next(train.epoch(0)).saliency is None
+    assert next(eval_items(Scenes(4), None)).saliency is None
+
+
+def test_too_few_images_and_uneven_batches_say_what_to_do():
+    with pytest.raises(ValueError, match=r"scenes has 3 training images.*--train.batch-size"):
+        loader(3)
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        loader(world_size=3)
+    with pytest.raises(ValueError, match=r"--train.seed must be 0 or more"):
+        loader(seed=-1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_plain_sentence(workers):
+    broken = Scenes(8, broken=5)
+    with pytest.raises(ValueError, match=r"^cannot read the image scene.jpg$"):
+        list(loader(dataset=broken, workers=workers).epoch(0))
+    with pytest.raises(ValueError, match=r"^cannot read the image scene.jpg$"):
+        list(eval_items(broken, None, workers=workers))
+
+
+def test_masks_that_do_not_belong_to_the_image_are_refused():
+    data = Scenes(4)
+    data.scenes[1] = (data.scenes[1][0], np.zeros((5, 6), np.uint8))
+    with pytest.raises(ValueError, match=r"scene_1 .*6×5 pixels, its image 50×41"):
+        list(eval_items(data, None))
+    data = Scenes(4)
+    data.scenes[1][1][0, 0] = 4
+    with pytest.raises(ValueError, match=r"scene_1 .*value 4: expected 0…3"):
+        list(eval_items(data, None))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_eval_items_are_whole_and_in_order(workers):
+    data = Scenes(6)
+    items = list(eval_items(data, brightness, indices=[4, 1, 5], workers=workers))
+    assert [item.index for item in items] == [4, 1, 5]
+    for item in items:
+        assert isinstance(item, EvalItem)
+        image, mask = data.scenes[item.index]
+        np.testing.assert_array_equal(item.pixels, image)
+        assert item.image.shape == (3, *image.shape[:2])
+        assert item.saliency.shape == image.shape[:2]
+        assert torch.equal(item.tags, torch.from_numpy(data.tags[item.index]))
+        assert item.mask is None if item.index == 5 else np.array_equal(item.mask, mask)
+    assert [item.index for item in eval_items(data, None)] == list(range(6))
+
+
+def test_default_workers(tmp_path):
+    data = Scenes(2)
+    assert default_workers(None, data) == 0
+    assert default_workers(3, data) == 3
+    data.path = lambda index: tmp_path
+    assert 0 <= default_workers(None, data) <= 8

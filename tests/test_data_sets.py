@@ -1,0 +1,317 @@
+"""VOC, COCO and a user's own folder, read from small trees."""
+
+import builtins
+import json
+import logging
+import unicodedata
+
+import numpy as np
+import pytest
+from trees import COLOURS, make_class_folders, make_coco, make_folder, make_table, make_voc, save_image, scene
+
+from mcic.config import DataConfig
+from mcic.data import build_data, eval_items
+from mcic.data.coco import COCO14
+from mcic.data.folder import Folder
+from mcic.data.voc import CLASSES, VOC12
+
+
+def tags_of(dataset, index):
+    return {dataset.classes[k] for k in np.flatnonzero(dataset.tags[index])}
+
+
+def check_masks(dataset):
+    """Every mask fits its image, shows exactly the tags, and the image shows the mask's colours."""
+    for item in eval_items(dataset, None):
+        labels = set(item.mask.unique().tolist()) - {0, 255}
+        assert labels == {dataset.classes.index(tag) + 1 for tag in tags_of(dataset, item.index)}
+        for label in labels:
+            shown = item.pixels[item.mask.numpy() == label].mean(0)
+            np.testing.assert_allclose(shown, 65 + COLOURS[label] // 2, atol=25)
+
+
+# VOC
+
+
+def test_voc_with_augmented_masks(tmp_path):
+    root = make_voc(tmp_path, train=4, augmented=5, val=3)
+    train, val = VOC12(root, "train"), VOC12(root, "val")
+    assert (len(train), len(val)) == (9, 3)
+    assert not set(train.ids) & set(val.ids)
+    assert train.ids == sorted(train.ids)
+    assert train.classes == CLASSES
+    assert train.palette.shape == (21, 3)
+    assert tags_of(train, 1) == {"bicycle", "person"}
+    check_masks(train)
+    check_masks(val)
+
+
+def test_voc_without_augmented_masks_and_from_every_root(tmp_path):
+    make_voc(tmp_path, train=4, augmented=0, val=3)
+    for root in (tmp_path, tmp_path / "VOCdevkit", tmp_path / "VOCdevkit" / "VOC2012"):
+        assert len(VOC12(str(root), "train")) == 4
+    check_masks(VOC12(tmp_path, "train"))
+
+
+def test_voc_names_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"--data.root has no JPEGImages/: expected the VOCdevkit/VOC2012 folder"):
+        VOC12(tmp_path, "train")
+    base = make_voc(tmp_path) / "VOCdevkit" / "VOC2012"
+    first = base / "Annotations" / "2007_000000.xml"
+    text = first.read_text()
+    first.unlink()
+    with pytest.raises(ValueError, match=r"2007_000000 has no annotation"):
+        VOC12(tmp_path, "train")
+    first.write_text(text.replace("aeroplane", "aeroplan"))
+    with pytest.raises(ValueError, match=r"'aeroplan'.*did you mean 'aeroplane'"):
+        VOC12(tmp_path, "train")
+    first.write_text(text[:30])
+    with pytest.raises(ValueError, match=r"cannot read the annotation .*2007_000000.xml"):
+        VOC12(tmp_path, "train")
+    first.write_text('<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/hostname">]><annotation>&e;</annotation>')
+    with pytest.raises(ValueError, match=r"cannot read the annotation .*Entit"):
+        VOC12(tmp_path, "train")
+    first.write_text(text)
+    (base / "JPEGImages" / "2007_000002.jpg").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 listed images, first 2007_000002.jpg"):
+        VOC12(tmp_path, "train")
+    (base / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    with pytest.raises(ValueError, match=r"no ImageSets/Segmentation/val.txt"):
+        VOC12(tmp_path, "val")
+
+
+# COCO
+
+
+def test_coco_classes_tags_and_sizes(tmp_path):
+    make_coco(tmp_path, train=6, val=3)
+    train, val = COCO14(tmp_path, "train"), COCO14(tmp_path, "val")
+    assert train.classes == val.classes == ("apple", "boat", "kite")
+    assert (len(train), len(val)) == (5, 3)  # the image without objects is kept in val only
+    assert tags_of(train, 0) == {"apple", "boat", "kite"}
+    assert tags_of(train, 1) == {"boat"}
+    assert tags_of(val, 2) == set()
+    assert train.ids[0] == "COCO_train2014_000000000000"
+    assert train.image(0).shape == (40, 56, 3)
+
+
+def test_coco_masks_put_small_on_large_and_crowds_below(tmp_path):
+    data = COCO14(make_coco(tmp_path), "train")
+    expected = np.full((40, 56), 255, np.uint8)
+    expected[10:30, 10:30] = 1
+    expected[15:20, 15] = 3
+    np.testing.assert_array_equal(data.mask(0), expected)
+    assert set(np.unique(data.mask(1))) == {0, 2}
+    assert COCO14(tmp_path, "val").mask(2).max() == 0
+
+
+def test_coco_says_what_is_wrong(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no annotations/instances_train2014.json: expected a folder with"):
+        COCO14(tmp_path, "train")
+    data = COCO14(make_coco(tmp_path), "train")
+    (tmp_path / "annotations" / "instances_val2014.json").write_text(json.dumps({"images": []}))
+    with pytest.raises(ValueError, match=r"instances_val2014.json does not hold COCO instances"):
+        COCO14(tmp_path, "val")
+    real_import = builtins.__import__
+
+    def without_pycocotools(name, *args, **kwargs):
+        if name.startswith("pycocotools"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_pycocotools)
+    with pytest.raises(ValueError, match=r"pip install 'mcic\[coco\]'"):
+        data.mask(0)
+
+
+# A user's own folder
+
+
+def test_folder_with_train_val_and_classes(tmp_path):
+    splits = Folder.splits(make_folder(tmp_path), 0.2)
+    assert (len(splits.train), len(splits.val)) == (8, 4)
+    assert splits.train.classes == splits.val.classes == ("ant", "cat", "dog")
+    assert splits.train.palette.shape == (4, 3)
+    assert tags_of(splits.train, splits.train.ids.index("train_2")) == {"ant", "cat"}
+    check_masks(splits.train)
+    check_masks(splits.val)
+
+
+def test_classes_file_sets_the_order_and_is_also_found_in_train(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "classes.txt").rename(tmp_path / "train" / "classes.txt")
+    (tmp_path / "train" / "classes.txt").write_text("\ufeffdog\ncat\nant\nbee\n\n", encoding="utf-8")
+    assert Folder.splits(tmp_path, 0.2).val.classes == ("dog", "cat", "ant", "bee")
+
+
+def test_held_out_images_stay_when_others_are_added(tmp_path):
+    names = {f"{i}.jpg": "cat" if i % 2 else "dog" for i in range(60)}
+    make_table(tmp_path / "a", dict(list(names.items())[:40]), masks=False)
+    make_table(tmp_path / "b", names, masks=False)
+    few, many = Folder.splits(tmp_path / "a", 0.3), Folder.splits(tmp_path / "b", 0.3)
+    assert set(few.val.ids) <= set(many.val.ids)
+    assert set(few.train.ids) <= set(many.train.ids)
+    assert len(few.train) + len(few.val) == 40
+    assert 10 <= len(many.val) <= 26
+    assert few.val.mask(0) is None
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_neither_side_is_ever_empty(tmp_path, share):
+    make_table(tmp_path, {"a.jpg": "x", "b.jpg": "x"})
+    splits = Folder.splits(tmp_path, share)
+    assert (len(splits.train), len(splits.val)) == (1, 1)
+
+
+def test_a_single_image_cannot_be_split(tmp_path):
+    make_table(tmp_path, {"a.jpg": "x"})
+    with pytest.raises(ValueError, match="has 1 image"):
+        Folder.splits(tmp_path, 0.2)
+
+
+def test_table_rows_without_extension_in_folders_with_unicode_and_without_tags(tmp_path):
+    make_table(tmp_path, {"café.jpg": "naïve", "sub/dir/b.PNG": "x|naïve", "none.webp": "", "c.bmp": "x"})
+    decomposed = unicodedata.normalize("NFD", "café")
+    rows = f"image,tags,note\n{decomposed},naïve,\nsub\\dir\\b,x | naïve |,hi\nnone.webp,,\nc.bmp,x\nc.bmp,naïve\n"
+    (tmp_path / "tags.csv").write_text(rows, encoding="utf-8-sig")
+    splits = Folder.splits(tmp_path, 0.5)
+    found = {d.ids[i]: tags_of(d, i) for d in (splits.train, splits.val) for i in range(len(d))}
+    assert found == {"café": {"naïve"}, "sub__dir__b": {"x", "naïve"}, "none": set(), "c": {"x", "naïve"}}
+    masks = [d.mask(i) for d in (splits.train, splits.val) for i in range(len(d))]
+    assert all(mask is not None for mask in masks)
+
+
+def test_rows_and_images_without_partner_are_dropped_with_one_warning(tmp_path, caplog):
+    make_table(tmp_path, {f"{i}.jpg": "x" for i in range(6)})
+    (tmp_path / "tags.csv").write_text("image,tags\n0.jpg,x\n1.jpg,x\ngone.jpg,x\n")
+    with caplog.at_level(logging.WARNING):
+        splits = Folder.splits(tmp_path, 0.5)
+    assert len(splits.train) + len(splits.val) == 2
+    (record,) = caplog.records
+    assert "1 rows without an image (gone.jpg) and 4 images without a row (2.jpg, 3.jpg, 4.jpg, …)" in record.message
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("image,tags\n../a.jpg,x\n", r"line 2: '../a.jpg' leaves images/"),
+        ("image,tags\n/etc/a.jpg,x\n", r"leaves images/"),
+        ("file,label\na.jpg,x\n", r"must have the header image,tags; its first line is 'file,label'"),
+        ("", r"must have the header image,tags"),
+        ("image,tags\na.jpg,x,y\n", r"line 2 has more columns"),
+        ("image,tags\nz.jpg,x\n", r"no row of .*tags.csv names an image"),
+        (
+            "image,tags\na.jpg,cta\nb.jpg,cat\n",
+            r"a.jpg has the tag 'cta', which is not in .*classes.txt; did you mean 'cat'",
+        ),
+    ],
+)
+def test_tables_that_are_wrong_say_so(tmp_path, table, message):
+    make_table(tmp_path, {"a.jpg": "cat", "b.jpg": "cat"})
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "tags.csv").write_text(table)
+    with pytest.raises(ValueError, match=message):
+        Folder.splits(tmp_path, 0.5)
+
+
+def test_other_encodings_are_named(tmp_path):
+    make_table(tmp_path, {"a.jpg": "café", "b.jpg": "x"}, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"tags.csv is not text in UTF-8"):
+        Folder.splits(tmp_path, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("cat\n\ndog\n", "line 2 is empty"), ("cat\ncat\n", "'cat' more than once"), ("", "names no class"),
+     ("\n".join(map(str, range(255))), "at most 254")],
+)  # fmt: skip
+def test_class_files_that_are_wrong_say_so(tmp_path, text, message):
+    make_table(tmp_path, {"a.jpg": "cat", "b.jpg": "cat"})
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Folder.splits(tmp_path, 0.5)
+
+
+def test_one_folder_per_class(tmp_path):
+    make_class_folders(
+        tmp_path, {"cat": ["1.jpg", "2.png"], "dog": ["1.jpg"], ".hidden": ["3.jpg"], "masks": ["1.png"]}
+    )
+    (tmp_path / "dog" / "2.png").write_bytes((tmp_path / "cat" / "2.png").read_bytes())
+    splits = Folder.splits(tmp_path, 0.3)
+    found = {d.ids[i]: tags_of(d, i) for d in (splits.train, splits.val) for i in range(len(d))}
+    assert found == {"cat__1": {"cat"}, "cat__2": {"cat", "dog"}, "dog__1": {"dog"}}
+
+
+def test_class_folders_below_train_and_val_and_a_class_called_train(tmp_path):
+    parts = {f"{part}/{name}": [f"{part}.jpg"] for part in ("train", "val") for name in ("car", "train")}
+    splits = Folder.splits(make_class_folders(tmp_path / "a", parts), 0.2)
+    assert (splits.train.ids, splits.val.classes) == (["car__train", "train__train"], ("car", "train"))
+    splits = Folder.splits(make_class_folders(tmp_path / "b", {"car": ["1.jpg"], "train": ["2.jpg"]}), 0.5)
+    assert splits.train.classes == ("car", "train")
+
+
+def test_masks_of_class_folders_are_found_by_path_id_or_unique_name(tmp_path):
+    make_class_folders(tmp_path, {"cat": ["1.jpg", "2.jpg"], "dog": ["1.jpg", "3.jpg", "4.jpg"]})
+    make = {"cat/1": 1, "cat__2": 2, "3": 3, "1": 4}
+    for name, value in make.items():
+        save_image(tmp_path / "masks" / f"{name}.png", np.full((40, 56), value, np.uint8))
+    splits = Folder.splits(tmp_path, 0.3)
+    masks = {d.ids[i]: d.mask(i) for d in (splits.train, splits.val) for i in range(len(d))}
+    values = {name: None if mask is None else mask[0, 0] for name, mask in masks.items()}
+    assert values == {"cat__1": 1, "cat__2": 2, "dog__1": None, "dog__3": 3, "dog__4": None}
+
+
+def test_two_files_of_one_stem_are_refused(tmp_path):
+    make_table(tmp_path, {"a.jpg": "cat", "a.png": "cat"})
+    with pytest.raises(ValueError, match="several images of the id 'a'"):
+        Folder.splits(tmp_path, 0.5)
+
+
+@pytest.mark.parametrize("made", [["images/a.jpg"], ["tags.csv"], [], ["train/a.jpg", "val/b.jpg"], ["a.jpg"]])
+def test_folders_without_layout_say_what_is_expected(tmp_path, made):
+    for name in made:
+        save_image(tmp_path / name, scene(0, [1])[0]) if name.endswith("jpg") else (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"--data.root has no .*expected images/ and tags.csv"):
+        Folder.splits(tmp_path, 0.5)
+
+
+# The door
+
+
+def test_subsets_keep_everything_in_step(tmp_path):
+    sets = [
+        VOC12(make_voc(tmp_path / "voc"), "train"),
+        COCO14(make_coco(tmp_path / "coco"), "train"),
+        Folder.splits(make_folder(tmp_path / "folder"), 0.2).train,
+    ]
+    for data in sets:
+        before = {i: (row.copy(), data.image(k), data.mask(k)) for k, (i, row) in enumerate(zip(data.ids, data.tags))}
+        data.subset(3)
+        assert len(data) == len(data.tags) == 3
+        for index, image_id in enumerate(data.ids):
+            for now, then in zip(
+                (data.tags[index], data.image(index), data.mask(index)), before[image_id], strict=True
+            ):
+                np.testing.assert_array_equal(now, then)
+
+
+def test_build_data(tmp_path):
+    voc = build_data(DataConfig(name="voc12", root=str(make_voc(tmp_path / "voc")), train_images=5, val_images=2))
+    assert (len(voc.train), len(voc.val), voc.train.name) == (5, 2, "voc12")
+    assert build_data(DataConfig(name="coco14", root=str(make_coco(tmp_path / "coco")))).val.name == "coco14"
+    assert build_data(DataConfig(name="folder", root=str(make_folder(tmp_path / "mine")))).val.name == "mine"
+    shapes = build_data(DataConfig(name="shapes", train_images=3, val_images=2))
+    assert (len(shapes.train), len(shapes.val)) == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["voc12", "coco14", "folder"])
+def test_a_missing_root_names_flag_and_layout(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name} needs --data.root: .*(JPEGImages|instances|tags.csv)"):
+        build_data(DataConfig(name=name))
+    with pytest.raises(ValueError, match=r"--data.root .*gone is no folder: expected "):
+        build_data(DataConfig(name=name, root=str(tmp_path / "gone")))
+
+
+def test_no_images_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"--data.train-images must be 1 or more"):
+        build_data(DataConfig(train_images=0))
