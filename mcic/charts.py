@@ -193,7 +193,7 @@ def _hover(
     dots = "".join(f'<circle r="3" cx="{x}" cy="{plot.y(v):.1f}" fill="var(--{line.color})"/>' for line, v in shown)
     base = _HEIGHT - _BOTTOM
     return (
-        f'<g class="place"><title>{title}</title>'
+        f'<g class="place"><title>{escape(title)}</title>'
         f'<rect x="{edges[0]:.1f}" y="{_TOP}" width="{max(0.0, edges[1] - edges[0]):.1f}" height="{base - _TOP}"/>'
         f'<line x1="{x}" x2="{x}" y1="{_TOP}" y2="{base}"/>{dots}</g>'
     )

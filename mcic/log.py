@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -158,7 +159,7 @@ def print_table(title: str, rows: list[tuple[str, str, str]], *, console: Consol
         table.add_column(style="dim", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row[: len(table.columns)]))
-    console.print(table, width=None if console.is_terminal else 120)
+    console.print(table)
 
 
 def setup_logging(*, main: bool = True) -> None:
@@ -267,7 +268,7 @@ class _Eta:
 
 @cache
 def _console() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def _print(console: Console, text: str, *, style: str = "") -> None:

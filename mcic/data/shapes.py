@@ -89,7 +89,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
 
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """A background: two colours mixed by smooth noise of two scales and a gradient."""
-    first, second = rng.uniform(0.1, 0.9, (2, 3))
+    first, second = _muted(rng.uniform(0.1, 0.9, (2, 3)))
     mix = 0.6 * _noise(rng, size, rng.integers(3, 6)) + 0.4 * _noise(rng, size, rng.integers(8, 24))
     ramp = np.linspace(-0.15, 0.15, size)[None, :, None] * rng.choice([-1, 1])
     return first + (second - first) * mix[..., None] + ramp
@@ -107,7 +107,7 @@ def _draw_clutter(rng: np.random.Generator, canvas: np.ndarray, grid: Grid) -> N
     center = rng.uniform(0, size, 2)
     radius = rng.uniform(3, 14)
     inside = _outline(rng, grid, center, radius, stretch=rng.uniform(0.25, 1.0))
-    color = rng.uniform(0, 1, 3)
+    color = _muted(rng.uniform(0, 1, 3))
     shade = 0.3 * _noise(rng, size, 4)[..., None] if rng.random() < 0.5 else 0.0
     canvas[inside] = (color + shade * np.ones_like(canvas))[inside]
 
@@ -136,7 +136,7 @@ def _draw_badge(
     reach = radius * rng.uniform(0.3, 0.7)
     direction = rng.uniform(0, 2 * np.pi)
     middle = center + reach * np.array([np.cos(direction), np.sin(direction)])
-    size = canvas.shape[0] * (0.03 if rng.random() < 0.25 else rng.uniform(0.05, 0.075))
+    size = canvas.shape[0] * (0.035 if rng.random() < 0.2 else rng.uniform(0.06, 0.085))
     x, y = grid[0] - middle[0], grid[1] - middle[1]
     disc = np.hypot(x, y) < size
     canvas[disc] = BADGE_COLORS[label] * rng.uniform(0.85, 1.1)
@@ -161,9 +161,15 @@ def _turned(grid: Grid, center: np.ndarray, angle: float) -> Grid:
     return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
 
 
+def _muted(colors: np.ndarray) -> np.ndarray:
+    """Colours [..., 3] nearer to grey: strong ones are left to the badges."""
+    grey = colors.mean(-1, keepdims=True)
+    return grey + 0.45 * (colors - grey)
+
+
 def _contrasting_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two random colours that differ clearly in brightness."""
-    dark = rng.uniform(0.0, 0.55, 3)
+    dark = _muted(rng.uniform(0.0, 0.55, 3))
     return dark, (dark + rng.uniform(0.3, 0.45, 3)).clip(0, 1)
 
 
