@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 import mcic
 from mcic.cli import main, run
@@ -114,7 +115,7 @@ class TestHelp:
         monkeypatch.setenv("COLUMNS", str(width))
         lines = help_lines(capsys, "--help")
         text = "\n".join(lines)
-        assert max(map(len, lines)) <= width
+        assert max(map(cell_len, lines)) <= width
         for name in (*PRESETS, *groups(), *(flag.name for flag in flags() if not flag.negative)):
             assert name in text
         assert "--train.[no-]flip" in text

@@ -127,7 +127,7 @@ def make_coco(root: Path, *, train: int = 6, val: int = 3) -> Path:
     Every other image has one rectangle of category i % 3 as a polygon; image 0 also has a crowd over the whole image
     and a smaller object of the last category inside the first, as RLE.
     """
-    categories = [{"id": 20, "name": "kite"}, {"id": 3, "name": "apple"}, {"id": 7, "name": "boat"}]
+    categories = [{"id": 20, "name": "boat"}, {"id": 3, "name": "kite"}, {"id": 7, "name": "apple"}]
     for split, count in (("train", train), ("val", val)):
         images, annotations = [], []
         for index in range(count):
