@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor
 
 
@@ -63,6 +64,11 @@ def sum_(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over ranks through which gradients flow back to every rank's part."""
+    return dist.nn.functional.all_reduce(tensor) if dist.is_initialized() else tensor
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -135,8 +135,8 @@ def test_gradients_reach_every_convolution_and_no_norm(name, trainable):
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in backbone.parameters())
 
 
-def test_tiny_does_not_mix_images():
-    backbone = build_backbone("tiny")
+def test_tiny_does_not_mix_images_in_evaluation():
+    backbone = build_backbone("tiny").eval()
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         together, alone = backbone(images), torch.cat([backbone(image[None]) for image in images])
@@ -144,11 +144,7 @@ def test_tiny_does_not_mix_images():
 
 
 def test_tiny_sees_a_whole_shapes_image():
-    backbone = Tiny(width=16)
-    for module in backbone.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.GroupNorm):  # the norm sees everything; the receptive field is that of the rest
-                setattr(module, name, nn.Identity())
+    backbone = Tiny(width=16).eval()
     image = torch.randn(1, 3, 161, 161, requires_grad=True)
     (gradient,) = torch.autograd.grad(backbone(image)[0, :, 20, 20].sum(), image)
     rows = gradient[0].abs().sum((0, 2)).nonzero()
@@ -227,13 +223,15 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path, caplog):
     state = dict(build_backbone("tiny").state_dict())
     path = tmp_path / "tiny.safetensors"
 
-    safetensors.torch.save_file(state | {"decoder.weight": torch.zeros(2)}, path)
+    # Counters of batches may be absent: old files have none.
+    uncounted = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
+    safetensors.torch.save_file(uncounted | {"decoder.weight": torch.zeros(2)}, path)
     build_backbone("tiny", weights=str(path))
     assert "1 tensors are not used: decoder.weight" in caplog.text
 
     safetensors.torch.save_file({name: tensor for name, tensor in state.items() if "blocks" not in name}, path)
     with pytest.raises(
-        ValueError, match=r"lacks 15 of the 21 .*blocks\.0\.conv\.weight.* and 7 more;.*--model\.backbone"
+        ValueError, match=r"lacks 25 of the 35 .*blocks\.0\.conv\.weight.* and 17 more;.*--model\.backbone"
     ):
         build_backbone("tiny", weights=str(path))
 

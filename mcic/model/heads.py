@@ -43,14 +43,17 @@ def classification_head(kind: str, channels: int, num_objects: int, *, hidden: i
 
 
 def initialize_head(head: nn.Module) -> None:
-    """Small normal weights and zero biases, as DeepLab starts its new layers; hidden layers by Kaiming's rule."""
-    convolutions = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
-    for convolution in convolutions:
-        if convolution.out_channels >= 256:
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+    """Normal weights of deviation 1/√fan-in, at least DeepLab's 0.01, and zero biases; hidden layers by Kaiming's rule.
+
+    On a backbone that starts from scratch, the head's weights are all that carries the gradient to it: with 0.01
+    everywhere the first epochs would learn nothing.
+    """
+    for layer in (module for module in head.modules() if isinstance(module, nn.Conv2d)):
+        if layer.out_channels >= 256:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         else:
-            nn.init.normal_(convolution.weight, std=0.01)
-        nn.init.zeros_(convolution.bias)
+            nn.init.normal_(layer.weight, std=max(0.01, layer.weight[0].numel() ** -0.5))
+        nn.init.zeros_(layer.bias)
 
 
 def _branch(channels: int, num_classes: int, dilation: int, hidden: int | None) -> nn.Module:

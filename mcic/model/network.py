@@ -223,6 +223,8 @@ class MCIC(nn.Module):
         if self.ema is not None:
             averages, current = list(self.ema.parameters()), list(self.network.parameters())
             torch._foreach_lerp_(averages, current, 1 - self.ema_momentum)
+            for average, buffer in zip(self.ema.buffers(), self.network.buffers(), strict=True):
+                average.copy_(buffer)
 
 
 def _pixel_contexts(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mcic import distributed
+
 
 class FrozenBatchNorm2d(nn.Module):
     """A batch norm in evaluation for good: per channel `y = weight · (x - mean) / √(var + ε) + bias`, all buffers.
@@ -25,6 +27,26 @@ class FrozenBatchNorm2d(nn.Module):
         """f32 [C] each, with `y = scale · x + shift`."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of all ranks: several processes compute what one would with the same batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → the same, normalised per channel."""
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(x)
+        count = x.numel() / x.shape[1] * distributed.world_size()
+        local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean = distributed.sum_with_gradient(local.sum((0, 2, 3))) / count
+        centered = local - mean[:, None, None]
+        var = distributed.sum_with_gradient(centered.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> Tensor:

@@ -38,6 +38,7 @@ _VGG_NAMES = {
     "conv5_1": "features.24", "conv5_2": "features.26", "conv5_3": "features.28",
     "fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6",
 }  # fmt: skip
+_COUNTER = "num_batches_tracked"  # old files have none, frozen norms need none
 _SHOWN = 8  # names in one message
 
 _log = logging.getLogger(__name__)
@@ -73,21 +74,22 @@ def load_weights(backbone: Backbone, state: dict[str, Tensor], *, source: str) -
         ValueError: names are missing, or a shape differs.
     """
     own = backbone.state_dict()
-    missing = [name for name in own if name not in state]
+    required = {name: tensor for name, tensor in own.items() if not name.endswith(_COUNTER)}
+    missing = [name for name in required if name not in state]
     if missing:
         raise ValueError(
-            f"--model.weights {source} lacks {len(missing)} of the {len(own)} tensors of {type(backbone).__name__}: "
-            f"{_listed(missing)}; is it the file of another backbone (--model.backbone)?"
+            f"--model.weights {source} lacks {len(missing)} of the {len(required)} tensors of "
+            f"{type(backbone).__name__}: {_listed(missing)}; is it the file of another backbone (--model.backbone)?"
         )
-    for name, tensor in own.items():
+    for name, tensor in required.items():
         if state[name].shape != tensor.shape:
             got, expected = tuple(state[name].shape), tuple(tensor.shape)
             raise ValueError(f"--model.weights {source}: {name} has shape {got}, expected {expected}")
-    unused = [name for name in state if name not in own and not name.endswith("num_batches_tracked")]
+    unused = [name for name in state if name not in own and not name.endswith(_COUNTER)]
     surplus = [name for name in unused if not name.startswith(backbone.surplus)]
     if surplus:
         _log.warning("%s: %d tensors are not used: %s", source, len(surplus), _listed(surplus))
-    backbone.load_state_dict({name: state[name] for name in own})
+    backbone.load_state_dict({name: state[name] for name in required}, strict=False)
 
 
 def _listed(names: list[str]) -> str:
