@@ -52,6 +52,7 @@ def test_cam_mask_with_saliency():
 def test_cam_background_rows():
     heat = heatmap([0.0, 1.0, 4.0])
     saliency = row(0.05, 0.5, 0.9)
+
     def background(*args, **more):
         return cam_scores(heat, tags(1), *args, threshold=0.1, **more)[0, 0, 0]
 
@@ -109,7 +110,9 @@ def test_means_leave_padding_out():
     labels = torch.tensor([[1, 0, 0], [0, 1, 1]], dtype=torch.bool)
     valid = torch.zeros(2, 4, 4, dtype=torch.bool)
     valid[:, :2] = True
-    torch.testing.assert_close(classification_loss(scores, labels, valid=valid), classification_loss(scores[:, :, :2], labels))
+    torch.testing.assert_close(
+        classification_loss(scores, labels, valid=valid), classification_loss(scores[:, :, :2], labels)
+    )
     entropy = torch.rand(2, 16)
     torch.testing.assert_close(entropy_loss(entropy, valid), entropy[:, :8].mean())
     nothing = valid & False

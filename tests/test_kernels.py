@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mcic.kernels import class_pool, ring_push_, sparse_attention
 
 F64 = torch.float64
@@ -34,9 +33,7 @@ def by_hand(query, keys, values, bias, counts, class_mask, *, scale, threshold):
     message = torch.zeros(batch, pixels, values.shape[-1], dtype=query.dtype)
     entropy = torch.zeros(batch, pixels, dtype=query.dtype)
     for b in range(batch):
-        entries = [
-            (k, s) for k in range(len(counts)) for s in range(int(counts[k])) if class_mask[b, k]
-        ]
+        entries = [(k, s) for k in range(len(counts)) for s in range(int(counts[k])) if class_mask[b, k]]
         for n in range(pixels):
             for h in range(keys.shape[0]):
                 if not entries:
