@@ -246,7 +246,7 @@ def test_push_refuses_and_changes_in_place():
     assert bank[1, 0].tolist() == [1] * 4
     with pytest.raises(ValueError, match="labels must be below the 2 classes"):
         ring_push_(bank, ids, counts, cursor, row, torch.tensor([2], dtype=torch.int32), image)
-    with pytest.raises(ValueError, match="labels must be torch.int32"):
+    with pytest.raises(ValueError, match=r"labels must be torch.int32"):
         ring_push_(bank, ids, counts, cursor, row, torch.tensor([1]), image)
 
 

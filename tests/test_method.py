@@ -279,5 +279,5 @@ def test_new_layers_learn_faster():
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match="--method.heads must divide the 64 feature channels, got 7"):
+    with pytest.raises(ValueError, match=r"--method.heads must divide the 64 feature channels, got 7"):
         make(heads=7)

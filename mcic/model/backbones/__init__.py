@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 
 from mcic.model.backbones.base import Backbone
 from mcic.model.backbones.weights import load_state_dict, load_weights
+from mcic.suggest import nearest
 
 __all__ = ["Backbone", "build_backbone", "load_state_dict"]
 
@@ -31,9 +31,8 @@ def build_backbone(name: str, *, weights: str = "none", output_stride: int | Non
         ValueError: no such backbone, an output stride it does not have, or weights that cannot be had or do not fit.
     """
     if name not in _MODULES:
-        near = difflib.get_close_matches(name, _MODULES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--model.backbone must be one of {', '.join(_MODULES)}, got {name!r}{hint}")
+        known = ", ".join(_MODULES)
+        raise ValueError(f"--model.backbone must be one of {known}, got {name!r}{nearest(name, _MODULES)}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     backbone: Backbone = getattr(module, name)(output_stride=output_stride)
     if weights != "none":

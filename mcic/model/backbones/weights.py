@@ -9,7 +9,6 @@ ResNets also stride in the first 1×1 convolution of a layer, ours in its 3×3: 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mcic.model.backbones.base import Backbone
+from mcic.suggest import nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -101,8 +101,7 @@ def _local_file(spec: str) -> Path:
     path = Path(spec).expanduser()
     if path.is_file():
         return path
-    near = difflib.get_close_matches(spec, ("imagenet", "none"), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = nearest(spec, ("imagenet", "none"))
     raise ValueError(f"--model.weights must be imagenet, none or a {', '.join(_SUFFIXES)} file; no file {spec!r}{hint}")
 
 
