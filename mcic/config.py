@@ -64,7 +64,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MethodConfig:
-    """The method: DESIGN §1. Fields that are unset follow `rules`, so that each can be ablated alone."""
+    """The method (docs/method.md). Fields that are unset follow `rules`, so that each can be ablated alone."""
 
     rules: Rules = "paper"
     """rule set: the paper's, or that of its published code"""
@@ -87,7 +87,7 @@ class MethodConfig:
     temperature: float | None = None
     """τ of the attention (E7); unset: √(D / heads)"""
     attention_threshold: float = 0.0
-    """θ: entries below θ times the uniform weight are not read; 0 reads all (DESIGN §2)"""
+    """θ: entries below θ times the uniform weight are not read; 0 reads all"""
     dropout: float = 0.1
     """dropout of the output embedding O (E10)"""
     self_read: bool = True

@@ -36,12 +36,18 @@ def classification_loss(heatmap: Tensor, tags: Tensor, *, valid: Tensor | None =
     return per_image.mean()
 
 
-def entropy_loss(entropy: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean attention entropy in nats over the valid pixels (E8); entropy [B, N], valid bool [B, H, W]."""
+def entropy_loss(entropy: Tensor, valid: Tensor | None = None, *, count: Tensor | None = None) -> Tensor:
+    """Mean attention entropy in nats over the valid pixels (E8).
+
+    Args:
+        entropy: [B, N].
+        valid: bool [B, H, W] with H·W = N; None: all.
+        count: scalar to divide by, e.g. the valid pixels of the batch over all ranks; default: this batch's own.
+    """
     if valid is None:
         return entropy.mean()
-    weights = valid.flatten(1).to(entropy.dtype)
-    return (entropy * weights).sum() / weights.sum().clamp(min=1)
+    inside = valid.flatten(1)
+    return (entropy * inside).sum() / (inside.sum() if count is None else count).clamp(min=1)
 
 
 def labelled_pixels(mask: Tensor) -> Tensor:

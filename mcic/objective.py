@@ -108,7 +108,7 @@ class Objective:
         segmentation = self._segmentation(prediction, augmented, masks.named(), terms, ramp)
         total = terms["loss/classification"] + ramp * self.method.segmentation_weight * segmentation
         if augmented is not None:
-            terms["loss/entropy"] = self._shared(entropy_loss(augmented.entropy, valid))
+            terms["loss/entropy"] = entropy_loss(augmented.entropy, valid, count=distributed.sum_(valid.sum()))
             total = total + ramp * self.method.entropy_weight * terms["loss/entropy"]
         terms["loss/segmentation"] = segmentation
         terms["loss/total"] = total

@@ -1,7 +1,7 @@
 """Masks from scores: the CAM mask, the context mask and their merge (E2, E3, E11, E12).
 
 B images · L object classes · K = L+1 classes, 0 is background · masks are uint8 with 255 for ignore. Nothing here is
-differentiated. `rules` is `paper` or `authors`: each function reads one row of DESIGN's table of differences.
+differentiated. `rules` is `paper` or `authors`: each function reads one row of the table in docs/method.md.
 """
 
 from __future__ import annotations

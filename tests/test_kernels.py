@@ -1,4 +1,4 @@
-"""The reference kernels: values by hand, gradients by finite differences, and what DESIGN §2 says of the edges."""
+"""The reference kernels: values by hand, gradients by finite differences, and the contracts' edges."""
 
 from collections import deque
 

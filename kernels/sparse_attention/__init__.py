@@ -1,4 +1,4 @@
-"""Thresholded sparse cross-image attention over the memory bank (E7–E9, DESIGN §2).
+"""Thresholded sparse cross-image attention over the memory bank (E7–E9 of docs/method.md).
 
 Derivation of the gradient. Let z be one pixel's scores over the entries it may read, p = softmax(z) and
 H = -Σ p log p. The support A = {j : p_j ≥ θ/n or p_j = max p} is piecewise constant in z, so almost everywhere only
@@ -31,7 +31,7 @@ def sparse_attention(
     threshold: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Every pixel reads the stored contexts of its image's classes (E7–E9 with DESIGN §2's threshold).
+    """Every pixel reads the stored contexts of its image's classes (E7–E9, made sparse by a threshold).
 
     Scores are `scale · qᵀk + key_bias`. Image b may read slot s of class k where `class_mask[b, k]` and
     `s < counts[k]`; n_b is the number of such entries. An entry is kept when its dense softmax weight is at least

@@ -1,8 +1,8 @@
 """`shapes`: an embedded data set, drawn from a seed when it is asked for.
 
 Each of six classes has a small telling part, a badge of fixed colour, and a much larger body that shows its
-class only by the kind of its pattern: colours, scale, direction and outline of the body vary freely. The badge is
-sometimes tiny and sometimes hidden. A classifier can live on the badges, so its activation maps cover too little of
+class only by the kind of its pattern: colours, scale, direction and outline of the body vary freely, and some bodies
+wear the pattern of another class. The badge is sometimes tiny and sometimes hidden. A classifier can live on the badges, so its activation maps cover too little of
 the objects: the failing of class activation maps that the method addresses. Backgrounds are textured and cluttered
 with patches that carry no class pattern; objects hide each other and leave the frame.
 """
@@ -23,8 +23,10 @@ BADGE_COLORS = np.array(
     [[0.90, 0.12, 0.12], [0.10, 0.45, 0.95], [0.98, 0.80, 0.05], [0.10, 0.70, 0.25], [0.75, 0.15, 0.80],
      [0.98, 0.50, 0.05]]
 )  # fmt: skip
+DISGUISED = 0.3
+"""share of objects whose body has the pattern of another class; their badge is always drawn"""
 BADGE_HIDDEN = 0.2
-"""share of objects whose badge is not drawn"""
+"""share of the other objects whose badge is not drawn"""
 MIN_VISIBLE = 60
 """pixels below which an object is not tagged and its drawing is undone"""
 
@@ -71,7 +73,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
     grid = (columns, rows)
     canvas = _texture(rng, size)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(4, 11)):
         _draw_clutter(rng, canvas, grid)
     mask = np.zeros((size, size), np.uint8)
     for _ in range(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])):
@@ -105,7 +107,7 @@ def _draw_clutter(rng: np.random.Generator, canvas: np.ndarray, grid: Grid) -> N
     """A flat or softly shaded patch, or a bar; none of the class patterns."""
     size = canvas.shape[0]
     center = rng.uniform(0, size, 2)
-    radius = rng.uniform(3, 14)
+    radius = rng.uniform(3, 16)
     inside = _outline(rng, grid, center, radius, stretch=rng.uniform(0.25, 1.0))
     color = _muted(rng.uniform(0, 1, 3))
     shade = 0.3 * _noise(rng, size, 4)[..., None] if rng.random() < 0.5 else 0.0
@@ -121,10 +123,12 @@ def _draw_object(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray,
     body = _outline(rng, grid, center, radius, stretch=rng.uniform(0.55, 1.0))
     u, v = _turned(grid, center, angle)
     dark, light = _contrasting_colors(rng)
-    pattern = PATTERNS[label](u, v, size * rng.uniform(0.075, 0.13))
+    disguised = rng.random() < DISGUISED
+    kind = (label + len(CLASSES) // 2) % len(CLASSES) if disguised else label
+    pattern = PATTERNS[kind](u, v, size * rng.uniform(0.075, 0.13))
     canvas[body] = np.where(pattern[..., None], dark, light)[body]
     mask[body] = label + 1
-    if rng.random() > BADGE_HIDDEN:
+    if disguised or rng.random() > BADGE_HIDDEN:
         _draw_badge(rng, canvas, mask, grid, center, radius, label)
 
 
@@ -170,7 +174,7 @@ def _muted(colors: np.ndarray) -> np.ndarray:
 def _contrasting_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two random colours that differ clearly in brightness."""
     dark = _muted(rng.uniform(0.0, 0.55, 3))
-    return dark, (dark + rng.uniform(0.3, 0.45, 3)).clip(0, 1)
+    return dark, (dark + rng.uniform(0.2, 0.45, 3)).clip(0, 1)
 
 
 def _stripes(u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
