@@ -11,12 +11,16 @@ from safetensors.torch import load_file
 from mcic.checkpoint import checkpoints
 
 TRAIN = str(Path(__file__).parent.parent / "train.py")
-FLAGS = ["shapes", "--data.train-images", "16", "--data.val-images", "4", "--data.saliency", "none", "--train.epochs", "2", "--train.batch-size", "8", "--train.warmup-steps", "0", "--train.lr", "0.01", "--method.dropout", "0", "--method.pool-threshold", "0.2", "--eval.mask-images", "4", "--run.previews", "0", "--run.no-tensorboard", "--run.no-report", "--run.device", "cpu"]
+FLAGS = """
+    shapes --data.train-images 16 --data.val-images 4 --data.saliency none --train.epochs 2 --train.batch-size 8
+    --train.warmup-steps 0 --train.lr 0.01 --method.dropout 0 --method.pool-threshold 0.2 --eval.mask-images 4
+    --run.previews 0 --run.no-tensorboard --run.no-report --run.device cpu
+"""
 
 
 def train(folder, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, TRAIN, *FLAGS, "--run.dir", str(folder)]
+    command = [sys.executable, *launcher, TRAIN, *FLAGS.split(), "--run.dir", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return load_file(checkpoints(folder / "checkpoints")[-1] / "model.safetensors"), metrics(folder)

@@ -1,10 +1,11 @@
 """`shapes`: an embedded data set, drawn from a seed when it is asked for.
 
-Each of six classes has a small telling part, a badge of fixed colour, and a much larger body that shows its
-class only by the kind of its pattern: colours, scale, direction and outline of the body vary freely, and some bodies
-wear the pattern of another class. The badge is sometimes tiny and sometimes hidden. A classifier can live on the badges, so its activation maps cover too little of
-the objects: the failing of class activation maps that the method addresses. Backgrounds are textured and cluttered
-with patches that carry no class pattern; objects hide each other and leave the frame.
+Each of six classes has a small telling part, a badge of fixed colour, and a much larger body that shows its class only
+by the kind of its pattern: colours, scale, direction and outline of the body vary freely, and some bodies wear the
+pattern of another class. The badge is sometimes tiny and sometimes hidden. A classifier can live on the badges, so its
+activation maps cover too little of the objects: the failing of class activation maps that the method addresses.
+Backgrounds are textured and cluttered with patches that carry no class pattern; objects hide each other and leave the
+frame.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Reading:
 class Propagation(nn.Module):
     """Every pixel attends to the stored contexts of its image's classes.
 
-    The embeddings of query, key, value and output are absorbed (docs/method.md): instead of projecting all B·N pixels, the
+    The embeddings of query, key, value and output are absorbed (docs/method.md): instead of all B·N pixels, the
     bank's rows are projected, `fᵀ(W_qᵀ r') + b_qᵀ r'` with r' = W_k r + b_k, and `Σ a (W_o v) + b_o`; where the bank
     has more rows than the batch has pixels, W_k is folded into the query and W_o W_v follows the message instead.
     Both are exact.
