@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from mcic import distributed
@@ -59,5 +61,6 @@ def seed_everything(config: Config) -> None:
     """Seed what draws initial weights; deterministic mode refuses operations that have no deterministic form."""
     torch.manual_seed(config.train.seed)
     if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be repeatable
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

@@ -79,7 +79,7 @@ class MethodConfig:
     pool_threshold: float = 0.5
     """T_b: only pixels of this confidence enter a context, 0…1 (E5)"""
     background_power: float = 1.0
-    """α of the background row (1 - max h̃)^α where there is no saliency"""
+    """α of the CAM background row (1 - saliency)^α, or (1 - max h̃)^α where there is no saliency"""
     slots: int = 64
     """S: contexts kept per class (E6)"""
     heads: int = 1

@@ -50,6 +50,14 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_first(text: str) -> str:
+    """Rank 0's text, on every rank."""
+    box = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """The rows of all ranks in rank order; every rank has equally many."""
     if not dist.is_initialized():

@@ -55,15 +55,15 @@ def cam_scores(
 ) -> Tensor:
     """The rows that the CAM mask compares: background, then the normalised heatmap; [B, K, H, W].
 
-    The background row is 1 - saliency (`paper`), or 1 where saliency < threshold and else 0 (`authors`); without
-    saliency (1 - max_k h̃_k)^background_power.
+    The background row is (1 - saliency)^background_power (`paper`), or 1 where saliency < threshold and else 0
+    (`authors`); without saliency (1 - max_k h̃_k)^background_power.
     """
     objects = normalized_heatmap(heatmap, tags, valid=valid, rules=rules)
-    if saliency is None:
-        background = (1 - objects.amax(1)).clamp(min=0) ** background_power
+    foreground = objects.amax(1) if saliency is None else resize_like(saliency, heatmap.shape[-2:]).to(objects.dtype)
+    if rules == "authors" and saliency is not None:
+        background = (foreground < threshold).to(objects.dtype)
     else:
-        saliency = resize_like(saliency, heatmap.shape[-2:]).to(objects.dtype)
-        background = (saliency < threshold).to(objects.dtype) if rules == "authors" else 1 - saliency
+        background = (1 - foreground).clamp(min=0) ** background_power
     return torch.cat([background[:, None], objects], 1)
 
 
@@ -85,7 +85,7 @@ def cam_mask(
         saliency: [B, H, W] in 0…1 (resized to the heatmap's grid where it differs), or None.
         threshold: T_a; pixels whose best score is below are ignored.
         rules: `paper` or `authors`, see `cam_scores`.
-        background_power: α where there is no saliency.
+        background_power: α of the background row.
         valid: bool [B, H, W]; pixels outside are ignored.
 
     Returns:

@@ -238,7 +238,7 @@ class Trainer:
     def _claim_folder(self) -> Path:
         run = self.config.run
         if run.dir is None:
-            run.dir = f"runs/{self.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+            run.dir = distributed.from_first(f"runs/{self.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder = Path(run.dir)
         if run.resume == "none" and any(folder.glob("*")):
             raise ValueError(

@@ -24,7 +24,7 @@ BADGE_COLORS = np.array(
     [[0.90, 0.12, 0.12], [0.10, 0.45, 0.95], [0.98, 0.80, 0.05], [0.10, 0.70, 0.25], [0.75, 0.15, 0.80],
      [0.98, 0.50, 0.05]]
 )  # fmt: skip
-DISGUISED = 0.3
+DISGUISED = 0.15
 """share of objects whose body has the pattern of another class; their badge is always drawn"""
 BADGE_HIDDEN = 0.2
 """share of the other objects whose badge is not drawn"""
@@ -74,7 +74,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
     grid = (columns, rows)
     canvas = _texture(rng, size)
-    for _ in range(rng.integers(4, 11)):
+    for _ in range(rng.integers(3, 9)):
         _draw_clutter(rng, canvas, grid)
     mask = np.zeros((size, size), np.uint8)
     for _ in range(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])):
@@ -108,7 +108,7 @@ def _draw_clutter(rng: np.random.Generator, canvas: np.ndarray, grid: Grid) -> N
     """A flat or softly shaded patch, or a bar; none of the class patterns."""
     size = canvas.shape[0]
     center = rng.uniform(0, size, 2)
-    radius = rng.uniform(3, 16)
+    radius = rng.uniform(3, 14)
     inside = _outline(rng, grid, center, radius, stretch=rng.uniform(0.25, 1.0))
     color = _muted(rng.uniform(0, 1, 3))
     shade = 0.3 * _noise(rng, size, 4)[..., None] if rng.random() < 0.5 else 0.0
@@ -175,7 +175,7 @@ def _muted(colors: np.ndarray) -> np.ndarray:
 def _contrasting_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two random colours that differ clearly in brightness."""
     dark = _muted(rng.uniform(0.0, 0.55, 3))
-    return dark, (dark + rng.uniform(0.2, 0.45, 3)).clip(0, 1)
+    return dark, (dark + rng.uniform(0.25, 0.45, 3)).clip(0, 1)
 
 
 def _stripes(u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
