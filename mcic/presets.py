@@ -26,9 +26,9 @@ def _shapes() -> Config:
         model=ModelConfig(backbone="tiny", weights="none", segmentation_head="linear"),
         # The saliency of these cluttered images is coarse, so a CAM mask should decide only where it is sure, T_a 0.5;
         # and with contexts this alike, an entropy term only drives all pixels to one entry.
-        method=MethodConfig(slots=32, cam_threshold=0.5, background_power=2.0, entropy_weight=0.0, ramp_epochs=12.0),
+        method=MethodConfig(slots=32, cam_threshold=0.5, background_power=1.5, entropy_weight=0.0, ramp_epochs=12.0),
         train=TrainConfig(
-            epochs=28, batch_size=16, lr=0.1, new_layer_lr=1.0, warmup_steps=50, size=97, scale=(0.85, 1.2)
+            epochs=24, batch_size=16, lr=0.1, new_layer_lr=1.0, warmup_steps=50, size=97, scale=(0.85, 1.2)
         ),
     )
 
