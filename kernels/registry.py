@@ -57,8 +57,7 @@ class Operation:
                 backend that this operation does not have means: the operation's fastest.
 
         Raises:
-            ValueError: an unknown backend name.
-            RuntimeError: the named backend exists for this operation and cannot run here.
+            ValueError: an unknown backend name, or one that this operation has and that cannot run here.
         """
         return _resolve(self, _checked(backend), device.type)
 
@@ -85,7 +84,7 @@ def _resolve(operation: Operation, backend: str, device_type: str) -> Callable:
             module = importlib.import_module(f".{candidate.module}", __package__)
             return getattr(module, operation.name)
         reasons.append(f"{candidate.backend}: {reason}")
-    raise RuntimeError(f"{operation.name} cannot run on {device_type} as asked ({'; '.join(reasons)})")
+    raise ValueError(f"{operation.name} cannot run on {device_type} as asked ({'; '.join(reasons)})")
 
 
 def describe_backends(backend: str, device: torch.device) -> str:

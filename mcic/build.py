@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 
 import torch
 
@@ -46,15 +48,29 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if count == 0:
         raise ValueError(f"--run.device {name}: this machine shows PyTorch no GPU; use --run.device cpu")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+    if device.index is None:
+        return torch.device("cuda", distributed.local_rank() % count)
+    if device.index >= count:
+        raise ValueError(f"--run.device {name}: this machine has {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far in GiB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
 def seed_everything(config: Config) -> None:

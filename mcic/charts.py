@@ -144,6 +144,7 @@ class _Plot:
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     def axes(self, x_label: str) -> str:
+        """SVG of the grid lines, the numbers at them and the label of the horizontal axis."""
         parts = []
         for value in ticks(self.low, self.high, 5):
             y = self.y(value)

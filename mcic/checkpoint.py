@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mcic import __version__
-from mcic.model import NetworkSpec, SegmentationNetwork
+from mcic.model import MCIC, NetworkSpec, SegmentationNetwork
 
 NETWORK = "network"
 """stem of the two files of the test-time network"""
@@ -81,10 +81,12 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], *, source: Path)
     module.load_state_dict(weights)
 
 
-def load_initial(model: nn.Module, path: Path) -> None:
+def load_initial(model: MCIC, path: Path) -> None:
     """`run.init-from`: weights of a checkpoint (but its bank), or of an exported network, into a fresh model."""
     if (path / f"{NETWORK}.safetensors").is_file():
         load_weights(model.network, load_file(path / f"{NETWORK}.safetensors"), source=path)
+        if model.ema is not None:
+            model.ema.load_state_dict(model.network.state_dict())
         return
     if not (path / "model.safetensors").is_file():
         raise ValueError(f"--run.init-from {path}: expected a checkpoint folder, or one with {NETWORK}.safetensors")

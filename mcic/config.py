@@ -8,6 +8,7 @@ never the whole tree.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -129,8 +130,13 @@ class MethodConfig:
         for name in ("cam_threshold", "pool_threshold", "saliency_weight"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"method.{name.replace('_', '-')}", "between 0 and 1", value)
-        _require(self.slots >= 1, "method.slots", "1 or more", self.slots)
-        _require(self.heads >= 1, "method.heads", "1 or more", self.heads)
+        for name in ("slots", "heads"):
+            _require(getattr(self, name) >= 1, f"method.{name}", "1 or more", getattr(self, name))
+        for name in ("background_power", "segmentation_weight", "ramp_epochs", "entropy_weight"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < math.inf, f"method.{name.replace('_', '-')}", "0 or more", value)
+        _require(self.ramp_power is None or self.ramp_power >= 1, "method.ramp-power", "1 or more", self.ramp_power)
+        _require(self.cam_floor is None or 0 <= self.cam_floor <= 1, "method.cam-floor", "0 to 1", self.cam_floor)
         _require(self.attention_threshold >= 0, "method.attention-threshold", "0 or more", self.attention_threshold)
         _require(self.temperature is None or self.temperature > 0, "method.temperature", "positive", self.temperature)
         _require(0 <= self.dropout < 1, "method.dropout", "from 0 to below 1", self.dropout)
@@ -183,7 +189,7 @@ class TrainConfig:
     clip_grad: float | None = None
     """largest norm of the gradient; unset: no clipping"""
     size: int = 321
-    """side of the square training crop, pixels"""
+    """side of the square training crop, pixels: a multiple of the output stride plus 1"""
     scale: tuple[float, float] = (0.5, 1.5)
     """range of the random scale"""
     flip: bool = True
@@ -203,7 +209,12 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "size"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name.replace('_', '-')}", "1 or more", value)
-        _require(self.lr > 0, "train.lr", "positive", self.lr)
+        for name in ("lr", "new_layer_lr", "lr_power"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"train.{name.replace('_', '-')}", "positive", value)
+        for name in ("momentum", "weight_decay", "warmup_steps", "seed", "color_jitter"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"train.{name.replace('_', '-')}", "0 or more", value)
         _require(0 < self.scale[0] <= self.scale[1], "train.scale", "two positive numbers, the lower first", self.scale)
         _require(self.clip_grad is None or self.clip_grad > 0, "train.clip-grad", "positive", self.clip_grad)
         _require(
@@ -222,6 +233,10 @@ class EvalConfig:
     """evaluate on val every that many epochs; 0: at the end only"""
     mask_images: int = 400
     """training images on which M, M' and M'' are measured at the end; 0: none"""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", "0 or more", self.every)
+        _require(self.mask_images >= 0, "eval.mask-images", "0 or more", self.mask_images)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,6 +266,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.keep >= 1, "run.keep", "1 or more", self.keep)
+        _require(self.previews >= 0, "run.previews", "0 or more", self.previews)
         _require(self.log_every >= 1, "run.log-every", "1 or more", self.log_every)
 
 

@@ -104,12 +104,12 @@ def evaluate_masks(
 ) -> dict[str, ConfusionMatrix]:
     """Confusion of M, M', M'' and of the control on training images, given their tags."""
     model.eval()
-    confusion: dict[str, ConfusionMatrix] = {}
+    names = ("cam", "seg") if objective.method.context == "none" else MASK_NAMES
+    confusion = {name: ConfusionMatrix(model.network.spec.num_classes, device) for name in names}
     for batch in _by_size(items, device):
         outputs = at_pixels(model, batch.images, batch.tags)
         for name, mask in mask_candidates(objective, outputs, batch.tags, batch.saliency).items():
-            empty = ConfusionMatrix(model.network.spec.num_classes, device)
-            confusion.setdefault(name, empty).update(mask, batch.truth)
+            confusion[name].update(mask, batch.truth)
     for matrix in confusion.values():
         matrix.reduce()
     return confusion
@@ -161,6 +161,8 @@ def evaluate_run(run: Path, *, protocol: str | None = None, split: str = "val") 
     load_checkpoint(found[-1], model=model)
     model.to(device, memory_format=torch.channels_last)
     dataset = getattr(data, split)
+    if split == "train":
+        dataset.subset(config.eval.mask_images or None)
     items = eval_items(dataset, saliency, workers=default_workers(config.data.workers, dataset))
     if split == "train":
         return summarize({}, evaluate_masks(model, Objective(config.method), items, device=device), data.train.classes)

@@ -162,8 +162,13 @@ def print_table(title: str, rows: list[tuple[str, str, str]], *, console: Consol
     console.print(table)
 
 
-def setup_logging(*, main: bool = True) -> None:
-    """Show the messages of the logger "mcic" on the console; of other ranks (`main=False`) only warnings."""
+def setup_logging(*, main: bool | None = None) -> None:
+    """Show the messages of the logger "mcic" on the console; of other ranks (`main=False`) only warnings.
+
+    `main=None` asks the environment, where torchrun says RANK.
+    """
+    if main is None:
+        main = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("mcic")
     logger.handlers = [_ConsoleHandler()]
     logger.setLevel(logging.INFO if main else logging.WARNING)

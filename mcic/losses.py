@@ -69,8 +69,9 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, count: Tensor | None = No
     """
     if mask.shape[-2:] != logits.shape[-2:]:
         mask = resize_mask(mask, logits.shape[1], logits.shape[-2:])
-    total = F.cross_entropy(_at_least_f32(logits), mask.long(), ignore_index=IGNORE, reduction="sum")
-    return total / (labelled_pixels(mask) if count is None else count).clamp(min=1)
+    # Summed here: the fused sum has no deterministic form on GPUs.
+    per_pixel = F.cross_entropy(_at_least_f32(logits), mask.long(), ignore_index=IGNORE, reduction="none")
+    return per_pixel.sum() / (labelled_pixels(mask) if count is None else count).clamp(min=1)
 
 
 def resize_mask(mask: Tensor, num_classes: int, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -59,7 +59,7 @@ def _folder() -> Config:
         preset="folder",
         data=DataConfig(name="folder"),
         model=ModelConfig(backbone="efficientnet_lite0", weights="imagenet"),
-        train=TrainConfig(epochs=12, batch_size=8, lr=0.002, size=224),
+        train=TrainConfig(epochs=12, batch_size=8, lr=0.002, size=225),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mcic import distributed
-from mcic.build import build_model, choose_device, seed_everything
+from mcic.build import build_model, choose_device, peak_memory, seed_everything
 from mcic.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint, save_network
 from mcic.config import Config
 from mcic.config_io import save_config
@@ -27,6 +28,8 @@ from mcic.optim import build_optimizer, gradient_norm, set_lr
 from mcic.panels import draw_examples, draw_previews
 from mcic.report import write_report
 from mcic.schedule import poly, ramp_up
+
+logger = logging.getLogger("mcic.trainer")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +49,9 @@ class Trainer:
         self.device = choose_device(config.run.device)
         distributed.initialize(self.device)
         self.folder = self._claim_folder()
+        self.summary = self._finished_summary()
+        if self.summary is not None:
+            return
         seed_everything(config)
         self.data = build_data(config.data)
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
@@ -64,14 +70,17 @@ class Trainer:
         self.step = 0
         self.total_steps = train.epochs * self.loader.steps
         self.seconds = 0.0  # of training, over all parts of a resumed run
+        self._check()
         self._load_state()
         if train.compile:
             self.model.network.backbone.compile()
 
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, write the summary and the report; returns the summary."""
-        if self._finished():
-            return json.loads((self.folder / "summary.json").read_text())
+        if self.summary is not None:
+            logger.warning("%s is finished: nothing is left to do", self.folder)
+            distributed.finish()
+            return self.summary
         run, leads = self.config.run, distributed.rank() == 0
         if leads:
             save_config(self.config, self.folder / "config.yaml")
@@ -89,8 +98,6 @@ class Trainer:
         distributed.barrier()
         distributed.finish()
         return summary
-
-    # --- a step -------------------------------------------------------------------------------------------------
 
     def _train_epoch(self, epoch: int, log: RunLog) -> None:
         self.model.train()
@@ -141,24 +148,23 @@ class Trainer:
 
     def _schedules(self) -> tuple[Tensor, float]:
         """λ on the device and the factor of the learning rate."""
-        train, method = self.config.train, self.config.method
-        ramp = ramp_up(self.step, method.ramp_epochs * self.loader.steps, power=method.ramp_power)
+        train = self.config.train
         if train.lr_schedule == "epoch":
             done, total = self.step // self.loader.steps, train.epochs
             factor = poly(done, total, power=train.lr_power)
             factor *= min(1.0, (self.step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
         else:
             factor = poly(self.step, self.total_steps, power=train.lr_power, warmup=train.warmup_steps)
-        return torch.tensor(ramp, device=self.device), factor
+        ramp = torch.full((), self._ramp_of(self.step), device=self.device)  # filled there: no copy to wait for
+        return ramp, factor
 
     def _read(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """The figures of a step over all ranks, fetched in one transfer, with the schedules beside them."""
         values = distributed.sum_(torch.stack([value.detach().float() for value in terms.values()])).tolist()
         metrics = dict(zip(terms, values, strict=True))
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        metrics["lambda"] = float(self._ramp_of(self.step - 1))
-        if self.device.type == "cuda":
-            metrics["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        metrics["lambda"] = self._ramp_of(self.step - 1)
+        metrics["memory_gib"] = peak_memory(self.device)
         return metrics
 
     def _ramp_of(self, step: int) -> float:
@@ -168,8 +174,6 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager:
         precision = self.config.train.precision
         return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
-
-    # --- the end of an epoch, and of the run --------------------------------------------------------------------
 
     def _end_epoch(self, epoch: int, log: RunLog) -> None:
         run, every = self.config.run, self.config.eval.every
@@ -204,6 +208,7 @@ class Trainer:
             "palette": self.data.train.palette.tolist(),
             **summarize(self._evaluate_network(), masks, self.data.train.classes),
             "protocol": config.eval.protocol,
+            "epochs": config.train.epochs,
             "steps": self.step,
             "seconds": round(self.seconds, 1),
             "images_per_second": round(self.step * config.train.batch_size / max(self.seconds, 1e-9), 2),
@@ -232,8 +237,6 @@ class Trainer:
         if self.config.run.report:
             log.message(f"Report: {write_report(self.folder)}")
         log.message(f"Checkpoints: {self.folder / 'checkpoints'} (network.safetensors runs at test time)")
-
-    # --- building, saving, resuming -----------------------------------------------------------------------------
 
     def _claim_folder(self) -> Path:
         run = self.config.run
@@ -270,8 +273,31 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
             self.scaler.load_state_dict(state["scaler"])
 
-    def _finished(self) -> bool:
-        return self.config.run.resume == "auto" and (self.folder / "summary.json").is_file()
+    def _finished_summary(self) -> dict[str, Any] | None:
+        """The summary of the run to continue, if it has all the epochs that are asked for."""
+        path = self.folder / "summary.json"
+        if self.config.run.resume != "auto" or not path.is_file():
+            return None
+        summary = json.loads(path.read_text())
+        return summary if summary.get("epochs", 0) >= self.config.train.epochs else None
+
+    def _check(self) -> None:
+        """What only shows when data, network and ranks are known."""
+        train, stride, ranks = self.config.train, self.model.network.stride, distributed.world_size()
+        if (train.size - 1) % stride:
+            near = round((train.size - 1) / stride) * stride + 1
+            raise ValueError(
+                f"--train.size must be a multiple of the output stride {stride} plus 1, so that features lie on "
+                f"pixels: got {train.size}, nearest is {near}"
+            )
+        if train.batch_size % (train.accumulate * ranks):
+            raise ValueError(
+                f"--train.batch-size must be a multiple of accumulation steps times processes, "
+                f"{train.accumulate} × {ranks}, got {train.batch_size}"
+            )
+        full = self.config.method.supervision == "full"
+        if full and all(self.data.train.mask(index) is None for index in range(len(self.data.train))):
+            raise ValueError("--method.supervision full needs ground-truth masks: no training image has one")
 
     def _save_network(self) -> None:
         train = self.data.train
