@@ -1,6 +1,7 @@
 """Whole runs, cut short: what they leave, that they continue, every data set and every option of the loop."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -207,6 +208,57 @@ def test_command_line_trains_evaluates_and_reports(tmp_path, capsys):
     assert main(["report", str(folder)]) == 0
     assert main(["train", "shapes", *flags.split()]) == 2
     assert "already holds files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            {"train": {"size": 96}},
+            r"--train.size must be a multiple of the output stride 4 plus 1.*got 96, nearest is 97",
+        ),
+        ({"run": {"device": "cuda:99"}}, "--run.device cuda:99: this machine"),
+        ({"run": {"device": "mps"}}, "--run.device must be auto, cpu, cuda or cuda:N, got 'mps'"),
+        ({"train": {"batch_size": 32}}, "16 training images, fewer than one batch of 32"),
+        ({"run": {"init_from": "nowhere"}}, "--run.init-from nowhere: expected a checkpoint folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(tmp_path, groups, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(short(tmp_path / "run", **groups))
+
+
+def test_full_supervision_without_masks_is_refused(tmp_path):
+    root = make_folder(tmp_path / "data")
+    shutil.rmtree(root / "train" / "masks")
+    config = short(
+        tmp_path / "run", "folder", data={"root": str(root), "train_images": None, "saliency": "none"},
+        train={"size": 33}, model={"backbone": "tiny", "weights": "none"}, method={"supervision": "full"},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no training image has one"):
+        Trainer(config)
+
+
+def test_a_folder_without_masks_trains_and_says_nothing_of_their_quality(tmp_path):
+    root = make_folder(tmp_path / "data")
+    for part in ("train", "val"):
+        shutil.rmtree(root / part / "masks")
+    config = short(
+        tmp_path / "run", "folder", data={"root": str(root), "train_images": None, "val_images": None},
+        train={"size": 33, "epochs": 1}, model={"backbone": "tiny", "weights": "none"}, run={"report": True},
+    )  # fmt: skip
+    summary = Trainer(config).fit()
+    assert summary["val/miou"] is None
+    assert summary["train/mask_miou_cam"] is None
+    assert "Network" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_more_epochs_continue_a_finished_run(tmp_path):
+    Trainer(short(tmp_path / "run", train={"epochs": 1})).fit()
+    longer = Trainer(short(tmp_path / "run", train={"epochs": 2}, run={"resume": "auto"}))
+    assert longer.step == 4
+    longer.fit()
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
 
 
 def test_network_files_are_checked(tmp_path):
