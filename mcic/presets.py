@@ -59,7 +59,7 @@ def _folder() -> Config:
         preset="folder",
         data=DataConfig(name="folder"),
         model=ModelConfig(backbone="efficientnet_lite0", weights="imagenet"),
-        train=TrainConfig(epochs=12, batch_size=8, lr=0.002, size=225),
+        train=TrainConfig(epochs=12, batch_size=8, lr=0.002, new_layer_lr=1.0, warmup_steps=20, size=225),
     )
 
 

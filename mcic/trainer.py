@@ -48,7 +48,7 @@ class Trainer:
         self.config = config = config.resolved()
         self.device = choose_device(config.run.device)
         distributed.initialize(self.device)
-        self.folder = self._claim_folder()
+        self.folder = self._choose_folder()
         self.summary = self._finished_summary()
         if self.summary is not None:
             return
@@ -83,6 +83,7 @@ class Trainer:
             return self.summary
         run, leads = self.config.run, distributed.rank() == 0
         if leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.folder / "config.yaml")
             (self.folder / "env.json").write_text(json.dumps(environment(), indent=1))
         with RunLog(
@@ -238,7 +239,8 @@ class Trainer:
             log.message(f"Report: {write_report(self.folder)}")
         log.message(f"Checkpoints: {self.folder / 'checkpoints'} (network.safetensors runs at test time)")
 
-    def _claim_folder(self) -> Path:
+    def _choose_folder(self) -> Path:
+        """The run folder; it is made when training starts, so that a mistake leaves nothing behind."""
         run = self.config.run
         if run.dir is None:
             run.dir = distributed.from_first(f"runs/{self.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -248,8 +250,7 @@ class Trainer:
                 f"--run.dir {folder} already holds files: continue that run with --run.resume auto, "
                 "or choose another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        distributed.barrier()
+        distributed.barrier()  # every rank has looked before the first one writes
         return folder
 
     def _build_loader(self) -> TrainLoader:

@@ -226,6 +226,7 @@ def test_command_line_trains_evaluates_and_reports(tmp_path, capsys):
 def test_what_cannot_work_is_refused_before_training(tmp_path, groups, message):
     with pytest.raises(ValueError, match=message):
         Trainer(short(tmp_path / "run", **groups))
+    assert not (tmp_path / "run").exists()
 
 
 def test_full_supervision_without_masks_is_refused(tmp_path):
