@@ -154,12 +154,12 @@ def test_weights_of_another_model_are_refused_by_name(finished, tmp_path):
         {"train": {"accumulate": 2, "clip_grad": 1.0, "lr_schedule": "epoch", "warmup_steps": 3, "epochs": 1}},
         {"train": {"precision": "bf16", "epochs": 1}, "method": {"ema_momentum": 0.9, "self_read": False}},
         {"method": {"pixel_bank": True, "heads": 4, "attention_threshold": 1.0}, "train": {"epochs": 1}},
-        {"method": {"rules": "authors"}, "train": {"epochs": 1}, "eval": {"protocol": "authors"}},
+        {"method": {"rules": "authors"}, "train": {"epochs": 1, "precision": "fp16"}, "eval": {"protocol": "authors"}},
         {"method": {"context": "self"}, "train": {"epochs": 1}},
         {"method": {"supervision": "full"}, "train": {"epochs": 1}, "data": {"saliency": "none"}},
         {"method": {"context_head": "classification", "stop_gradient": False}, "train": {"deterministic": True}},
     ],
-    ids=["loop", "bf16", "bank", "authors", "control", "full", "deterministic"],
+    ids=["loop", "bf16", "bank", "authors in fp16", "control", "full", "deterministic"],
 )
 def test_options_train_to_the_end(tmp_path, groups):
     summary = Trainer(short(tmp_path / "run", **groups)).fit()
