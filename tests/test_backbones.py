@@ -67,7 +67,7 @@ def test_321_pixels_give_41_features():
 
 
 def test_unknown_names_and_strides_say_what_is_possible():
-    with pytest.raises(ValueError, match=r"--model\.backbone .*got 'resnet5O'; did you mean resnet50\?"):
+    with pytest.raises(ValueError, match=r"--model\.backbone .*got 'resnet5O'; did you mean 'resnet50'\?"):
         build_backbone("resnet5O")
     with pytest.raises(
         ValueError, match=r"--model\.output-stride of efficientnet_lite0 must be one of 16, 8, 32, got 4"
@@ -269,7 +269,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path, monkeypatch):
     (tmp_path / "weights.npy").touch()
     with pytest.raises(ValueError, match=r"must be a \.pth, \.pt, \.safetensors file"):
         load_state_dict("weights.npy", "tiny")
-    with pytest.raises(ValueError, match=r"no file 'imagnet'; did you mean imagenet\?"):
+    with pytest.raises(ValueError, match=r"no file 'imagnet'; did you mean 'imagenet'\?"):
         load_state_dict("imagnet", "vgg16")
     with pytest.raises(ValueError, match="tiny has no ImageNet weights"):
         load_state_dict("imagenet", "tiny")

@@ -131,8 +131,9 @@ class TestHelp:
         assert all(name.startswith(f"--{group}.") for name in shown)
 
     def test_the_values_are_the_presets(self, capsys):
-        assert "[0.02]" in "\n".join(help_lines(capsys, "--help train"))
-        assert "[0.001]" in "\n".join(help_lines(capsys, "voc12-vgg16 --help train"))
+        for name in ("shapes", "voc12-vgg16"):
+            text = "\n".join(help_lines(capsys, f"{name} --help train"))
+            assert f"[{preset(name).train.lr}]" in text
 
     def test_every_field_has_a_docstring(self):
         assert all(flag.help for flag in flags())
