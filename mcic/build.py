@@ -12,6 +12,9 @@ from mcic import distributed
 from mcic.config import Config, MethodConfig, ModelConfig
 from mcic.model import MCIC, NetworkSpec
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""names of number formats in the configuration"""
+
 
 def build_model(model: ModelConfig, method: MethodConfig, *, num_classes: int, backend: str) -> MCIC:
     """The model for resolved `model` and `method` fields and K classes.
@@ -26,6 +29,7 @@ def build_model(model: ModelConfig, method: MethodConfig, *, num_classes: int, b
         classification=model.classification_head,
         bank=method.context == "bank" and method.supervision == "tags",
         slots=method.slots,
+        bank_dtype=PRECISIONS[method.bank_precision],
         heads=method.heads,
         temperature=method.temperature,
         attention_threshold=method.attention_threshold,

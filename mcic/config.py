@@ -76,19 +76,21 @@ class MethodConfig:
     masks: tuple[MaskName, ...] = ("cam", "context", "merged")
     """which of M, M', M'' supervise the segmentation head (E14)"""
     cam_threshold: float = 0.1
-    """T_a: CAM and context masks ignore pixels whose best score is below, 0…1 (E3)"""
+    """T_a: masks ignore pixels whose best score is below (E3)"""
     pool_threshold: float = 0.5
     """T_b: only pixels of this confidence enter a context, 0…1 (E5)"""
     background_power: float = 1.0
-    """α of the CAM background row (1 - saliency)^α, or (1 - max h̃)^α where there is no saliency"""
+    """α of the background row (1 - saliency)^α, or (1 - max h̃)^α"""
     slots: int = 64
     """S: contexts kept per class (E6)"""
+    bank_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """number format of the stored contexts"""
     heads: int = 1
     """attention heads (E7)"""
     temperature: float | None = None
     """τ of the attention (E7); unset: √(D / heads)"""
     attention_threshold: float = 0.0
-    """θ: entries below θ times the uniform weight are not read; 0 reads all"""
+    """θ: entries below θ times the uniform weight are not read"""
     dropout: float = 0.1
     """dropout of the output embedding O (E10)"""
     self_read: bool = True
@@ -116,7 +118,7 @@ class MethodConfig:
     confidence_rule: Rules | None = None
     """context weights: paper softmax, authors relu over the spatial maximum (E5)"""
     classification_rule: Rules | None = None
-    """E1: paper mean over classes, authors also divided by the image's number of tags"""
+    """E1: paper mean over classes, authors also over the tags"""
     cam_background: Rules | None = None
     """CAM background row: paper 1 - saliency, authors 1 where saliency < T_a, else 0"""
     context_background: Rules | None = None

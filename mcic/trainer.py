@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mcic import distributed
-from mcic.build import build_model, choose_device, peak_memory, seed_everything
+from mcic.build import PRECISIONS, build_model, choose_device, peak_memory, seed_everything
 from mcic.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint, save_network
 from mcic.config import Config
 from mcic.config_io import save_config
@@ -30,8 +30,6 @@ from mcic.report import write_report
 from mcic.schedule import poly, ramp_up
 
 logger = logging.getLogger("mcic.trainer")
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:

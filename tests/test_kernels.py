@@ -209,7 +209,7 @@ def test_pool_refuses_what_does_not_fit():
         class_pool(features, confidence, classes, threshold=0.5, rule="papers")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     slots=st.integers(1, 5),
     pushes=st.lists(st.lists(st.integers(-2, 2), max_size=9), min_size=1, max_size=8),

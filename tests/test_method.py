@@ -170,6 +170,21 @@ def test_pixel_bank_stores_every_confident_pixel():
     torch.testing.assert_close(rows.vectors[0], prediction.features[0, :, 0, 0])
 
 
+def test_a_16_bit_bank_reads_nearly_the_same():
+    full, _ = make()
+    half, _ = make(bank_precision="bf16")
+    half.load_state_dict(full.state_dict())
+    batch = make_batch()
+    for model in (full, half):
+        torch.manual_seed(1)
+        fill(model)
+        model.eval()
+    assert half.memory.entries.dtype == torch.bfloat16
+    ours, theirs = (m.read(m(batch.images), batch.tags).update for m in (half, full))
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
 def test_moving_average_makes_the_contexts():
     model, _ = make(ema_momentum=0.9, pool_threshold=0.0)
     with torch.no_grad():

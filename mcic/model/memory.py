@@ -12,7 +12,7 @@ class MemoryBank(nn.Module):
     """S contexts for each of K classes.
 
     Buffers (saved with the model, never broadcast between ranks):
-        entries: f32 [K, S, D]; slots < counts[k] are valid.
+        entries: [K, S, D], f32 unless asked otherwise; slots < counts[k] are valid.
         ids: int64 [K, S], index of the image that an entry came from, -1 unknown.
         counts: int32 [K], valid slots.
         cursor: int32 [K], next slot to write.
@@ -23,10 +23,12 @@ class MemoryBank(nn.Module):
     counts: Tensor
     cursor: Tensor
 
-    def __init__(self, num_classes: int, slots: int, channels: int, *, backend: str = "auto") -> None:
+    def __init__(
+        self, num_classes: int, slots: int, channels: int, *, dtype: torch.dtype | None = None, backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.backend = backend
-        self.register_buffer("entries", torch.zeros(num_classes, slots, channels))
+        self.register_buffer("entries", torch.zeros(num_classes, slots, channels, dtype=dtype))
         self.register_buffer("ids", torch.full((num_classes, slots), -1, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int32))
         self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int32))

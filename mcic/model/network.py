@@ -113,7 +113,7 @@ class MCIC(nn.Module):
         weights: initial weights of the backbone.
         classification: `linear` or `deep`.
         bank: False leaves out bank and propagation (the control, CAM masks only, full supervision).
-        slots, heads, temperature, attention_threshold, dropout: of bank and propagation.
+        slots, bank_dtype, heads, temperature, attention_threshold, dropout: of bank and propagation.
         pool_threshold, confidence_rule: T_b and the rule of E5.
         pixel_bank: store every confident pixel instead of one context per image and class.
         stop_gradient: E16.
@@ -130,6 +130,7 @@ class MCIC(nn.Module):
         classification: str = "linear",
         bank: bool = True,
         slots: int = 64,
+        bank_dtype: torch.dtype = torch.float32,
         heads: int = 1,
         temperature: float | None = None,
         attention_threshold: float = 0.0,
@@ -160,7 +161,7 @@ class MCIC(nn.Module):
         self.propagation: Propagation | None = None
         self.ema: SegmentationNetwork | None = None
         if bank:
-            self.memory = MemoryBank(spec.num_classes, slots, channels, backend=backend)
+            self.memory = MemoryBank(spec.num_classes, slots, channels, dtype=bank_dtype, backend=backend)
             self.propagation = Propagation(
                 channels, heads=heads, temperature=temperature, threshold=attention_threshold, dropout=dropout,
                 backend=backend,

@@ -85,6 +85,7 @@ class Propagation(nn.Module):
 
     def message(self, query: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor]:
         """W_o m + b_o for query [B, N, D] → ([B, N, D], entropy [B, N])."""
+        entries = entries.to(self.key.weight.dtype)  # a 16-bit bank is read as what it holds
         rows = entries.shape[0] * entries.shape[1]
         if rows > query.shape[0] * query.shape[1]:
             return self._message_raw_bank(query, entries, counts, class_mask)
@@ -105,7 +106,7 @@ class Propagation(nn.Module):
 
     def _keys(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [heads, K, S, D] and their bias [heads, K, S], the query's projection absorbed."""
-        projected = self._split(self.key(entries))  # [K, S, heads, D/heads]
+        projected = self._split(self.key(entries.to(self.key.weight.dtype)))  # [K, S, heads, D/heads]
         weight = self.query.weight.view(self.heads, -1, self.query.in_features)
         keys = torch.einsum("ksnd,nde->nkse", projected, weight)
         bias = torch.einsum("ksnd,nd->nks", projected, self._split(self.query.bias)) * self.scale
