@@ -11,7 +11,11 @@ def ramp_up(step: float, total: float, *, power: int = 1) -> float:
     return (3 * x**2 - 2 * x**3) ** power
 
 
-def poly(step: int, total: int, *, power: float = 0.9, warmup: int = 0) -> float:
-    """Factor of the learning rate: linear from 0 over `warmup` steps, times (1 - step / total) ** power."""
-    growth = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return growth * max(0.0, 1 - step / total) ** power
+def poly(step: int, total: int, *, power: float = 0.9) -> float:
+    """Factor of the learning rate: `(1 - step / total) ** power`, 0 from `total` on."""
+    return max(0.0, 1 - step / total) ** power
+
+
+def warm_up(step: int, total: int) -> float:
+    """Factor of the learning rate that grows linearly to 1 over `total` steps; 1 everywhere if total is 0."""
+    return min(1.0, (step + 1) / total) if total else 1.0

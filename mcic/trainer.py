@@ -27,7 +27,7 @@ from mcic.ops import describe_backends
 from mcic.optim import build_optimizer, gradient_norm, set_lr
 from mcic.panels import draw_examples, draw_previews
 from mcic.report import write_report
-from mcic.schedule import poly, ramp_up
+from mcic.schedule import poly, ramp_up, warm_up
 
 logger = logging.getLogger("mcic.trainer")
 
@@ -148,12 +148,10 @@ class Trainer:
     def _schedules(self) -> tuple[Tensor, float]:
         """λ on the device and the factor of the learning rate."""
         train = self.config.train
+        done, total = self.step, self.total_steps
         if train.lr_schedule == "epoch":
             done, total = self.step // self.loader.steps, train.epochs
-            factor = poly(done, total, power=train.lr_power)
-            factor *= min(1.0, (self.step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-        else:
-            factor = poly(self.step, self.total_steps, power=train.lr_power, warmup=train.warmup_steps)
+        factor = warm_up(self.step, train.warmup_steps) * poly(done, total, power=train.lr_power)
         ramp = torch.full((), self._ramp_of(self.step), device=self.device)  # filled there: no copy to wait for
         return ramp, factor
 

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJac
 from mcic.losses import classification_loss, entropy_loss, labelled_pixels, resize_mask, segmentation_loss
 from mcic.metrics import ConfusionMatrix
 from mcic.pseudo import IGNORE, cam_mask, cam_scores, context_mask, merge_masks, normalized_heatmap
-from mcic.schedule import poly, ramp_up
+from mcic.schedule import poly, ramp_up, warm_up
 
 X = IGNORE
 
@@ -160,7 +160,8 @@ def test_schedules_at_known_points():
     assert poly(0, 100) == 1
     assert poly(100, 100) == 0
     assert poly(50, 100, power=0.9) == pytest.approx(0.5**0.9)
-    assert poly(0, 100, warmup=10) == pytest.approx(0.1)
+    assert [warm_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warm_up(0, 0) == 1
 
 
 def test_confusion_against_torchmetrics():
