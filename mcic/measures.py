@@ -81,6 +81,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         covered = summary.get(measure.coverage) if measure.coverage else None
         where = measure.where if covered is None else f"{measure.where}, labels {covered:.0f} % of the pixels"
         rows.append((measure.name, f"{value:.1f} mIoU", where))
+    if not rows:
+        rows.append(("Quality", "–", "unknown: there are no ground-truth masks to measure with"))
     rows.append(("Training", f"{summary['seconds']:.0f} s", f"{summary['images_per_second']:.1f} images/s"))
     return rows
 

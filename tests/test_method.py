@@ -194,6 +194,8 @@ def test_moving_average_makes_the_contexts():
     valid = torch.ones(2, 9, 9, dtype=torch.bool)
     rows = model.pool(batch.images, model(batch.images), batch.tags, valid, batch.indices)
     assert not rows.vectors.any()
+    assert model.training
+    assert not any(module.training for module in model.ema.modules())  # no dropout, no batch statistics
     model.update_ema()
     weight = model.network.segmentation_head.weight
     torch.testing.assert_close(model.ema.segmentation_head.weight, 0.1 * weight)

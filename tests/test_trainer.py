@@ -240,7 +240,7 @@ def test_full_supervision_without_masks_is_refused(tmp_path):
         Trainer(config)
 
 
-def test_a_folder_without_masks_trains_and_says_nothing_of_their_quality(tmp_path):
+def test_a_folder_without_masks_trains_and_says_that_quality_is_unknown(tmp_path, capsys):
     root = make_folder(tmp_path / "data")
     for part in ("train", "val"):
         shutil.rmtree(root / part / "masks")
@@ -251,6 +251,7 @@ def test_a_folder_without_masks_trains_and_says_nothing_of_their_quality(tmp_pat
     summary = Trainer(config).fit()
     assert summary["val/miou"] is None
     assert summary["train/mask_miou_cam"] is None
+    assert "no ground-truth masks" in capsys.readouterr().out
     assert "Network" in (tmp_path / "run" / "report.html").read_text()
 
 

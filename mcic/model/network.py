@@ -167,7 +167,14 @@ class MCIC(nn.Module):
                 backend=backend,
             )  # fmt: skip
             if ema_momentum is not None:
-                self.ema = copy.deepcopy(self.network).requires_grad_(False)
+                self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> MCIC:
+        """Training or evaluation mode; the moving average is always in the latter, without dropout."""
+        super().train(mode)
+        if self.ema is not None:
+            self.ema.eval()
+        return self
 
     def forward(self, images: Tensor) -> Prediction:
         """Images f32 [B, 3, H, W] → what the network says without the bank."""
