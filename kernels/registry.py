@@ -7,14 +7,35 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
 BACKENDS = ("auto", "reference", "triton", "native")
 
+OPERATIONS: dict[str, Operation] = {}
+"""every operation of the package by name"""
+
+_FUNCTIONS: dict[tuple[str, str], Callable] = {}  # (operation, backend) → what computes it, once loaded
+
 logger = logging.getLogger("mcic.kernels")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an implementation is asked to run on.
+
+    Attributes:
+        device: of the tensors.
+        dtype: of the operation's main input.
+        named: the backend was asked for by name, not found by `auto`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    named: bool
 
 
 @dataclass(frozen=True)
@@ -24,33 +45,31 @@ class Implementation:
     Attributes:
         backend: its name, one of `BACKENDS` but `auto`.
         module: the module below this package that holds the function; imported when first used.
-        usable: device type → (ok, reason), without importing the module.
+        usable: request → (ok, reason), without importing the module.
     """
 
     backend: str
     module: str
-    usable: Callable[[str], tuple[bool, str]]
+    usable: Callable[[Request], tuple[bool, str]]
 
 
-def _anywhere(device_type: str) -> tuple[bool, str]:
-    return True, "runs on every device"
-
-
-@dataclass(frozen=True)
 class Operation:
-    """An operation and its implementations, fastest first; the reference is always the last."""
+    """An operation and its implementations, fastest first; the reference is always the last.
 
-    name: str
-    implementations: tuple[Implementation, ...] = field(default=())
+    Args:
+        name: of the operation and of the function in each implementation's module; a module `<folder>/reference.py`
+            is there for every operation, folder being the name without a trailing underscore.
+        faster: the other implementations.
+    """
 
-    @classmethod
-    def with_reference(cls, name: str, *faster: Implementation) -> Operation:
-        """An operation whose reference is `<folder>/reference.py` with a function of the operation's name."""
+    def __init__(self, name: str, *faster: Implementation) -> None:
         reference = Implementation("reference", f"{name.rstrip('_')}.reference", _anywhere)
-        return cls(name, (*faster, reference))
+        self.name = name
+        self.implementations = (*faster, reference)
+        OPERATIONS[name] = self
 
-    def select(self, backend: str, device: torch.device) -> Callable:
-        """The function that computes this operation on `device`.
+    def select(self, backend: str, tensor: torch.Tensor) -> Callable:
+        """The function that computes this operation on what `tensor`, its main input, is like.
 
         Args:
             backend: one of `BACKENDS`; `auto` reads MCIC_BACKEND and else takes the fastest that can run. A named
@@ -59,40 +78,68 @@ class Operation:
         Raises:
             ValueError: an unknown backend name, or one that this operation has and that cannot run here.
         """
-        return _resolve(self, _checked(backend), device.type)
+        return _FUNCTIONS[self.name, choose(self.name, backend, tensor.device, tensor.dtype)]
 
 
-def _checked(backend: str) -> str:
-    name = os.environ.get("MCIC_BACKEND", "auto") if backend == "auto" else backend
-    if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}.{hint}")
-    return name
+def runs_triton(request: Request) -> tuple[bool, str]:
+    """Whether Triton kernels can run; its interpreter, on CPU tensors, only when asked for by name."""
+    if request.dtype == torch.float64:
+        return False, "the kernels have no fp64"
+    if find_spec("triton") is None:
+        return False, "Triton is not installed: pip install triton"
+    if request.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return False, "Triton needs a GPU"
+        return request.named, "Triton's interpreter, for tests" if request.named else "the interpreter is for tests"
+    if request.device.type != "cuda":
+        return False, "Triton kernels run on CUDA devices"
+    major, minor = torch.cuda.get_device_capability(request.device)
+    if major < 8:
+        return False, f"the kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return True, f"fused kernels, compute capability {major}.{minor}"
+
+
+def choose(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend that `Operation.select` takes; its function is loaded then."""
+    if backend == "auto":
+        backend = os.environ.get("MCIC_BACKEND", "auto")
+    return _choose(operation, backend, device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: choosing, importing and logging
+# happen while tracing and not in the graph.
+choose._dynamo_marked_constant = True
 
 
 @cache
-def _resolve(operation: Operation, backend: str, device_type: str) -> Callable:
-    candidates = operation.implementations
-    named = [c for c in candidates if c.backend == backend]
+def _choose(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if backend not in BACKENDS:
+        near = difflib.get_close_matches(backend, BACKENDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}.{hint}")
+    candidates = OPERATIONS[operation].implementations
+    named = [candidate for candidate in candidates if candidate.backend == backend]
+    request = Request(device, dtype, named=bool(named))
     reasons = []
     for candidate in named or candidates:
-        ok, reason = candidate.usable(device_type)
-        if ok:
-            asked = "" if backend in ("auto", candidate.backend) else f"; it has no {backend} backend"
-            logger.info("%s on %s: %s (%s%s)", operation.name, device_type, candidate.backend, reason, asked)
-            module = importlib.import_module(f".{candidate.module}", __package__)
-            return getattr(module, operation.name)
+        ok, reason = candidate.usable(request)
         reasons.append(f"{candidate.backend}: {reason}")
-    raise ValueError(f"{operation.name} cannot run on {device_type} as asked ({'; '.join(reasons)})")
+        if ok:
+            asked = "" if named or backend == "auto" else f"; it has no {backend} backend"
+            logger.info("%s on %s: %s%s", operation, device, "; ".join(reversed(reasons)), asked)
+            module = importlib.import_module(f".{candidate.module}", __package__)
+            _FUNCTIONS[operation, candidate.backend] = getattr(module, operation)
+            return candidate.backend
+    raise ValueError(f"{operation} cannot run on {device} in {dtype} as asked ({'; '.join(reasons)})")
 
 
-def describe_backends(backend: str, device: torch.device) -> str:
+def _anywhere(_: Request) -> tuple[bool, str]:
+    return True, "plain PyTorch"
+
+
+def describe_backends(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """What runs on `device` when `backend` is asked for: one name, or `operation=name, …` where they differ."""
-    chosen = {}
-    for folder in ("sparse_attention", "class_pool", "ring_push"):
-        operation: Operation = importlib.import_module(f".{folder}", __package__).OPERATION
-        chosen[operation.name] = operation.select(backend, device).__module__.rsplit(".", 1)[-1]
+    chosen = {name: choose(name, backend, device, dtype) for name in OPERATIONS}
     if len(set(chosen.values())) == 1:
         return next(iter(chosen.values()))
     return ", ".join(f"{name}={where}" for name, where in chosen.items())

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Operation
+from ..registry import Implementation, Operation, runs_triton
 
-OPERATION = Operation.with_reference("class_pool")
+OPERATION = Operation("class_pool", Implementation("triton", "class_pool.triton", runs_triton))
 
 RULES = ("paper", "authors")
 
@@ -52,7 +52,7 @@ def class_pool(
         raise ValueError(f"class_pool: class_mask must be bool, got {class_mask.dtype}")
     if rule not in RULES:
         raise ValueError(f"class_pool: rule must be one of {', '.join(RULES)}, got {rule!r}")
-    implementation = OPERATION.select(backend, features.device)
+    implementation = OPERATION.select(backend, features)
     return implementation(features, confidence, class_mask, threshold=threshold, rule=rule)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import Operation
 
-OPERATION = Operation.with_reference("ring_push_")
+OPERATION = Operation("ring_push_")
 
 
 def ring_push_(
@@ -58,4 +58,4 @@ def ring_push_(
     if bank.device.type == "cpu" and rows and int(labels.max()) >= classes:
         raise ValueError(f"ring_push_: labels must be below the {classes} classes of the bank, got {int(labels.max())}")
     if rows:
-        OPERATION.select(backend, bank.device)(bank, ids, counts, cursor, contexts, labels, context_ids)
+        OPERATION.select(backend, bank)(bank, ids, counts, cursor, contexts, labels, context_ids)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Operation
+from ..registry import Implementation, Operation, runs_triton
 
-OPERATION = Operation.with_reference("sparse_attention")
+OPERATION = Operation("sparse_attention", Implementation("triton", "sparse_attention.triton", runs_triton))
 
 
 def sparse_attention(
@@ -57,7 +57,7 @@ def sparse_attention(
         ValueError: shapes, dtypes or devices that do not fit, or a negative threshold.
     """
     _check(query, keys, values, key_bias, counts, class_mask, threshold)
-    implementation = OPERATION.select(backend, query.device)
+    implementation = OPERATION.select(backend, query)
     return implementation(query, keys, values, key_bias, counts, class_mask, scale=scale, threshold=threshold)
 
 
