@@ -58,3 +58,18 @@ def table(name: str) -> dict[str, dict[str, dict[str, int]]]:
 def _nearest(major: int, minor: int) -> str:
     known = sorted(int(path.stem.removeprefix("sm_")) for path in TABLES.glob("sm_*.json"))
     return f"sm_{max((k for k in known if k <= major * 10 + minor), default=known[0])}"
+
+
+def store(name: str, kernel: str, bits: str, configuration: dict[str, int]) -> None:
+    """Write one entry of the table of architecture `name`; the file is made if it is new."""
+    path = TABLES / f"{name}.json"
+    entries = json.loads(path.read_text()) if path.is_file() else {}
+    entries.setdefault(kernel, {})[bits] = configuration
+    lines = [
+        f' "{kernel}": {{\n'
+        + ",\n".join(f'  "{bits}": {json.dumps(entry)}' for bits, entry in sorted(by_bits.items()))
+        + "\n }"
+        for kernel, by_bits in sorted(entries.items())
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    table.cache_clear()

@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,34 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on CPU tensors
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""largest `relative_error` of a fused kernel's values against the fp64 reference; gradients may have three times that"""
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """Where a Triton kernel is tested: on CPU tensors in Triton's interpreter, or compiled on a GPU."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
