@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on CPU tensors
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""largest `relative_error` of a fused kernel's values against the fp64 reference; gradients may have three times that"""
+"""largest `relative_error` of a fused kernel's values against the fp64 reference; gradients may have three times it"""
 
 
 @pytest.fixture(autouse=True)
