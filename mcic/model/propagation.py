@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -85,16 +86,16 @@ class Propagation(nn.Module):
 
     def message(self, query: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor]:
         """W_o m + b_o for query [B, N, D] → ([B, N, D], entropy [B, N])."""
+        if entries.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The host sees the tags here, so only rows that somebody reads are projected; a GPU would have to wait.
+            entries, counts, class_mask = _read_rows(entries, counts, class_mask)
         entries = entries.to(self.key.weight.dtype)  # a 16-bit bank is read as what it holds
         rows = entries.shape[0] * entries.shape[1]
         if rows > query.shape[0] * query.shape[1]:
             return self._message_raw_bank(query, entries, counts, class_mask)
         keys, bias = self._keys(entries)
         values = torch.einsum("ksnd,end->nkse", self._split(self.value(entries)), self._split(self.output.weight))
-        message, entropy = sparse_attention(
-            query, keys.to(query.dtype), values.to(query.dtype), bias, counts, class_mask,
-            scale=self.scale, threshold=self.threshold, backend=self.backend,
-        )  # fmt: skip
+        message, entropy = self._attend(query, keys.to(query.dtype), values.to(query.dtype), bias, counts, class_mask)
         return message + self.output.bias, entropy
 
     def weights(self, features: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> Tensor:
@@ -122,14 +123,40 @@ class Propagation(nn.Module):
         readable = (class_mask & (counts > 0)).any(1)[:, None, None]
         parts, entropies = [], []
         for head in range(self.heads):
-            read, entropy = sparse_attention(
-                per_head[:, :, head] @ key_weight[head], entries, entries, None, counts, class_mask,
-                scale=self.scale, threshold=self.threshold, backend=self.backend,
-            )  # fmt: skip
+            folded = per_head[:, :, head] @ key_weight[head]
+            read, entropy = self._attend(folded, entries, entries, None, counts, class_mask)
             bias = self._split(self.value.bias)[head] * readable  # Σ a = 1 where there is anything to read
             parts.append(read.to(query.dtype) @ value_weight[head].T + bias)
             entropies.append(entropy)
         return self.output(torch.cat(parts, -1)), torch.stack(entropies).mean(0)
 
+    def _attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, counts: Tensor, class_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        attend = partial(sparse_attention, scale=self.scale, threshold=self.threshold, backend=self.backend)
+        if query.device.type != "cpu" or torch.compiler.is_compiling():
+            return attend(query, keys, values, bias, counts, class_mask)
+        parts = []  # image by image, each with its own classes: the reference computes what it is given
+        for image, mask in zip(query.split(1), class_mask, strict=True):
+            own = _at_least_one(mask)
+            own_bias = None if bias is None else bias.index_select(-2, own)
+            own_keys, own_values = keys.index_select(-3, own), values.index_select(-3, own)
+            parts.append(attend(image, own_keys, own_values, own_bias, counts[own], mask[None, own]))
+        messages, entropies = zip(*parts, strict=True)
+        return torch.cat(messages), torch.cat(entropies)
+
     def _split(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (self.heads, -1))
+
+
+def _read_rows(entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The bank cut down to the classes that some image of the batch reads and the slots that are filled."""
+    classes = _at_least_one(class_mask.any(0) & (counts > 0))
+    counts = counts[classes]
+    return entries[classes, : max(int(counts.max()), 1)], counts, class_mask[:, classes]
+
+
+def _at_least_one(mask: Tensor) -> Tensor:
+    """Where a mask is true; 0 where nowhere, so that no dimension vanishes."""
+    found = mask.nonzero()[:, 0]
+    return found if len(found) else found.new_zeros(1)
