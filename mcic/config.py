@@ -202,6 +202,8 @@ class TrainConfig:
     """arithmetic of the forward pass; weights and the bank stay fp32"""
     compile: bool = False
     """torch.compile the network"""
+    cuda_graph: bool = False
+    """record the update as a CUDA graph: one launch a step (one GPU; fp32 or bf16)"""
     deterministic: bool = False
     """refuse operations without a deterministic form"""
     seed: int = 0

@@ -13,7 +13,8 @@ def build_optimizer(
 ) -> torch.optim.SGD:
     """SGD in which layers that start from scratch learn `new_layer_lr` times as fast as pretrained ones.
 
-    Every group keeps its base rate as `initial_lr`; `set_lr` scales it.
+    Every group keeps its base rate as `initial_lr`; `set_lr` scales it. On a GPU the rate is a tensor there and the
+    update fused, so that a step can be recorded as a graph.
     """
     pretrained = list(model.network.backbone.parameters()) if model.network.backbone.pretrained else []
     known = set(map(id, pretrained))
@@ -24,13 +25,21 @@ def build_optimizer(
         for parameters, rate in ((pretrained, lr), (new, lr * new_layer_lr))
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
+    for group in groups if on_gpu else ():
+        group["lr"] = torch.tensor(group["lr"], device=device)
+    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=on_gpu)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Scale every group's base rate."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:

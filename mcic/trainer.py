@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from mcic.data import Batch, TrainLoader, build_data, build_saliency, default_wo
 from mcic.evaluate import evaluate_masks, evaluate_network, share_of_rank, summarize
 from mcic.log import RunLog, environment
 from mcic.measures import summary_rows
-from mcic.objective import Objective, push
+from mcic.objective import Objective
 from mcic.ops import describe_backends
-from mcic.optim import build_optimizer, gradient_norm, set_lr
+from mcic.optim import build_optimizer, set_lr
 from mcic.panels import draw_examples, draw_previews
 from mcic.report import write_report
 from mcic.schedule import poly, ramp_up, warm_up
+from mcic.update import GraphedUpdate, Update
 
 logger = logging.getLogger("mcic.trainer")
 
@@ -72,6 +72,11 @@ class Trainer:
         self._load_state()
         if train.compile:
             self.model.network.backbone.compile()
+        update = Update(
+            self.model, self.objective, self.optimizer, self.scaler, dtype=PRECISIONS[train.precision],
+            accumulate=train.accumulate, clip_grad=train.clip_grad,
+        )  # fmt: skip
+        self.update = GraphedUpdate(update) if train.cuda_graph else update
 
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, write the summary and the report; returns the summary."""
@@ -115,35 +120,12 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update; returns this rank's share of every figure, still on the device."""
-        train = self.config.train
         # Dropout is a function of the step, so a resumed run draws what an uninterrupted one would.
-        torch.manual_seed((train.seed * 2**32 + self.step * distributed.world_size() + distributed.rank()) % 2**63)
+        seed = self.config.train.seed * 2**32 + self.step * distributed.world_size() + distributed.rank()
+        torch.manual_seed(seed % 2**63)
         ramp, factor = self._schedules()
         set_lr(self.optimizer, factor)
-        self.optimizer.zero_grad(set_to_none=True)
-        summed: dict[str, Tensor] = {}
-        for part in _split(batch, train.accumulate):
-            with self._autocast():
-                output = self.objective(self.model, part, ramp)
-            self.scaler.scale(output.total / train.accumulate).backward()
-            if output.contexts is not None:
-                push(self.model, output.contexts)
-            for name, value in output.terms.items():
-                summed[name] = summed.get(name, 0) + value / train.accumulate
-        summed["grad_norm"] = self._update()
-        return summed
-
-    def _update(self) -> Tensor:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        distributed.sum_gradients(parameters)
-        self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(parameters)
-        if self.config.train.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip_grad, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.model.update_ema()
-        return norm / distributed.world_size()
+        return self.update(batch, ramp)
 
     def _schedules(self) -> tuple[Tensor, float]:
         """λ on the device and the factor of the learning rate."""
@@ -159,7 +141,7 @@ class Trainer:
         """The figures of a step over all ranks, fetched in one transfer, with the schedules beside them."""
         values = distributed.sum_(torch.stack([value.detach().float() for value in terms.values()])).tolist()
         metrics = dict(zip(terms, values, strict=True))
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["lambda"] = self._ramp_of(self.step - 1)
         metrics["memory_gib"] = peak_memory(self.device)
         return metrics
@@ -167,10 +149,6 @@ class Trainer:
     def _ramp_of(self, step: int) -> float:
         method = self.config.method
         return ramp_up(step, method.ramp_epochs * self.loader.steps, power=method.ramp_power)
-
-    def _autocast(self) -> AbstractContextManager:
-        precision = self.config.train.precision
-        return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
     def _end_epoch(self, epoch: int, log: RunLog) -> None:
         run, every = self.config.run, self.config.eval.every
@@ -292,6 +270,11 @@ class Trainer:
                 f"--train.batch-size must be a multiple of accumulation steps times processes, "
                 f"{train.accumulate} × {ranks}, got {train.batch_size}"
             )
+        if train.cuda_graph and (self.device.type != "cuda" or ranks > 1 or train.precision == "fp16"):
+            raise ValueError(
+                f"--train.cuda-graph needs one GPU and fp32 or bf16, got {ranks} processes on {self.device.type} "
+                f"in {train.precision}"
+            )
         full = self.config.method.supervision == "full"
         if full and all(self.data.train.mask(index) is None for index in range(len(self.data.train))):
             raise ValueError("--method.supervision full needs ground-truth masks: no training image has one")
@@ -310,11 +293,3 @@ class Trainer:
             f"{len(data.train.classes)} classes, {config.model.backbone} on {self.device}, "
             f"{self.total_steps} steps{start} → {self.folder}"
         )
-
-
-def _split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """A batch as `parts` micro-batches."""
-    fields = [getattr(batch, name) for name in Batch.__slots__]
-    chunks = [[None] * parts if field is None else field.chunk(parts) for field in fields]
-    for part in zip(*chunks, strict=True):
-        yield Batch(*part)
