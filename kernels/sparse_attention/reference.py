@@ -44,7 +44,7 @@ def _attention(
         scores = scores + flat(key_bias[..., None])[None, :, None, :, 0]
 
     scores = scores.masked_fill(~readable, torch.finfo(compute).min)
-    log_dense = scores.log_softmax(-1).masked_fill(~readable, 0)
+    log_dense = scores.log_softmax(-1)
     dense = log_dense.exp().masked_fill(~readable, 0)  # [B, heads, N, M]
     entropy = -(dense * log_dense).sum(-1).mean(1)  # [B, N]
     if threshold == 0:

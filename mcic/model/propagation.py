@@ -81,13 +81,13 @@ class Propagation(nn.Module):
         message, entropy = self.message(query, entries, counts, class_mask)
         update = F.relu(self.norm(self.dropout(message)))
         readable = (class_mask & (counts > 0)).any(1)
-        update = update * readable[:, None, None]
+        if not _host_sees(readable) or not readable.all():
+            update = update * readable[:, None, None]
         return Reading(update.transpose(1, 2).unflatten(2, (height, width)), entropy)
 
     def message(self, query: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor]:
         """W_o m + b_o for query [B, N, D] → ([B, N, D], entropy [B, N])."""
-        if entries.device.type == "cpu" and not torch.compiler.is_compiling():
-            # The host sees the tags here, so only rows that somebody reads are projected; a GPU would have to wait.
+        if _host_sees(entries):  # then only rows that somebody reads are projected
             entries, counts, class_mask = _read_rows(entries, counts, class_mask)
         entries = entries.to(self.key.weight.dtype)  # a 16-bit bank is read as what it holds
         rows = entries.shape[0] * entries.shape[1]
@@ -95,8 +95,9 @@ class Propagation(nn.Module):
             return self._message_raw_bank(query, entries, counts, class_mask)
         keys, bias = self._keys(entries)
         values = torch.einsum("ksnd,end->nkse", self._split(self.value(entries)), self._split(self.output.weight))
+        values = values + self.output.bias / self.heads  # Σ a = 1, so every message carries it
         message, entropy = self._attend(query, keys.to(query.dtype), values.to(query.dtype), bias, counts, class_mask)
-        return message + self.output.bias, entropy
+        return message, entropy
 
     def weights(self, features: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> Tensor:
         """The attention of each pixel, mean over heads: [B, N, K, S]."""
@@ -134,19 +135,25 @@ class Propagation(nn.Module):
         self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, counts: Tensor, class_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         attend = partial(sparse_attention, scale=self.scale, threshold=self.threshold, backend=self.backend)
-        if query.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _host_sees(query):
             return attend(query, keys, values, bias, counts, class_mask)
-        parts = []  # image by image, each with its own classes: the reference computes what it is given
+        # Image by image, each given its own classes and no others: the reference computes what it is given.
+        tables = [(keys.unbind(-3), -3), (values.unbind(-3), -3), (bias if bias is None else bias.unbind(-2), -2)]
+        parts = []
         for image, mask in zip(query.split(1), class_mask, strict=True):
             own = _at_least_one(mask)
-            own_bias = None if bias is None else bias.index_select(-2, own)
-            own_keys, own_values = keys.index_select(-3, own), values.index_select(-3, own)
-            parts.append(attend(image, own_keys, own_values, own_bias, counts[own], mask[None, own]))
+            entries = [rows and torch.stack([rows[k] for k in own.tolist()], dim) for rows, dim in tables]
+            parts.append(attend(image, *entries, counts[own], mask[None, own]))
         messages, entropies = zip(*parts, strict=True)
         return torch.cat(messages), torch.cat(entropies)
 
     def _split(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (self.heads, -1))
+
+
+def _host_sees(tensor: Tensor) -> bool:
+    """Whether reading a value costs no waiting; then what no image needs is left out."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _read_rows(entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
