@@ -138,8 +138,10 @@ def _anywhere(_: Request) -> tuple[bool, str]:
 
 
 def describe_backends(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """What runs on `device` when `backend` is asked for: one name, or `operation=name, …` where they differ."""
-    chosen = {name: choose(name, backend, device, dtype) for name in OPERATIONS}
-    if len(set(chosen.values())) == 1:
-        return next(iter(chosen.values()))
-    return ", ".join(f"{name}={where}" for name, where in chosen.items())
+    """What runs on `device` when `backend` is asked for: one name, or `reference (operations), native (…)`."""
+    chosen: dict[str, list[str]] = {}
+    for name in sorted(OPERATIONS):
+        chosen.setdefault(choose(name, backend, device, dtype), []).append(name)
+    if len(chosen) == 1:
+        return next(iter(chosen))
+    return ", ".join(f"{where} ({', '.join(names)})" for where, names in chosen.items())

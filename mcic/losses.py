@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcic.ops import labelled_pixels, segmentation_losses
 from mcic.pseudo import IGNORE
+
+__all__ = [
+    "classification_loss",
+    "entropy_loss",
+    "labelled_pixels",
+    "resize_mask",
+    "segmentation_loss",
+    "spatial_mean",
+]
 
 
 def spatial_mean(maps: Tensor, valid: Tensor | None) -> Tensor:
@@ -50,28 +60,23 @@ def entropy_loss(entropy: Tensor, valid: Tensor | None = None, *, count: Tensor 
     return (entropy * inside).sum() / (inside.sum() if count is None else count).clamp(min=1)
 
 
-def labelled_pixels(mask: Tensor) -> Tensor:
-    """Z(M): the number of pixels that are not ignore, an int64 scalar."""
-    return (mask != IGNORE).sum()
-
-
-def segmentation_loss(logits: Tensor, mask: Tensor, *, count: Tensor | None = None) -> Tensor:
-    """Cross-entropy over the labelled pixels (E13).
+def segmentation_loss(logits: Tensor, mask: Tensor, *, count: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Cross-entropy over the labelled pixels (E13), of one map and one mask; `ops.segmentation_losses` takes several.
 
     Args:
         logits: [B, K, H, W].
         mask: uint8 [B, H', W'], 255 is ignore. Where its size differs from the logits', its one-hot form is resized
             bilinearly (corners aligned) and a pixel keeps the class that has more than half.
         count: scalar Z(M) to divide by, e.g. that of the batch over all ranks; default: this mask's own.
+        backend: who computes it.
 
     Returns:
         Scalar, 0 where nothing is labelled; differentiable in the logits.
     """
     if mask.shape[-2:] != logits.shape[-2:]:
         mask = resize_mask(mask, logits.shape[1], logits.shape[-2:])
-    # Summed here: the fused sum has no deterministic form on GPUs.
-    per_pixel = F.cross_entropy(_at_least_f32(logits), mask.long(), ignore_index=IGNORE, reduction="none")
-    return per_pixel.sum() / (labelled_pixels(mask) if count is None else count).clamp(min=1)
+    counts = None if count is None else count[None]
+    return segmentation_losses(logits, None, mask[None], counts=counts, backend=backend)[0, 0]
 
 
 def resize_mask(mask: Tensor, num_classes: int, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -11,7 +11,8 @@ from mcic import distributed
 from mcic.config import MethodConfig
 from mcic.losses import classification_loss, entropy_loss, labelled_pixels, segmentation_loss
 from mcic.model import MCIC, Augmented, Contexts, Prediction, feature_valid
-from mcic.pseudo import IGNORE, cam_mask, context_mask, merge_masks
+from mcic.ops import pseudo_masks, segmentation_losses
+from mcic.pseudo import IGNORE, cam_mask, context_mask, resize_like
 
 from .data.base import Batch
 
@@ -33,23 +34,37 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """M, M' and M'' of a batch, uint8 [B, h, w]; those that a configuration does not make are None."""
+    """M, M' and M'' of a batch, uint8 [3, B, h, w]; M alone [1, B, h, w] where a configuration makes no others."""
 
-    cam: Tensor
-    context: Tensor | None
-    merged: Tensor | None
+    stacked: Tensor
+
+    @property
+    def context(self) -> Tensor | None:
+        """M', if there is one."""
+        return self.named().get("context")
 
     def named(self) -> dict[str, Tensor]:
-        """Name → mask, only those that exist."""
-        pairs = {"cam": self.cam, "context": self.context, "merged": self.merged}
-        return {name: mask for name, mask in pairs.items() if mask is not None}
+        """Name → mask uint8 [B, h, w], only those that exist."""
+        return dict(zip(("cam", "context", "merged"), self.stacked, strict=False))
+
+    def chosen(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], Tensor]:
+        """The masks that exist of `names`, as (their names, uint8 [M, B, h, w])."""
+        named = self.named()
+        kept = tuple(name for name in named if name in names)
+        return kept, self.stacked if len(kept) == len(named) else torch.stack([named[name] for name in kept])
 
 
 class Objective:
-    """The losses of the method under one (resolved) configuration."""
+    """The losses of the method under one (resolved) configuration.
 
-    def __init__(self, method: MethodConfig) -> None:
+    Args:
+        method: the configuration.
+        backend: who computes masks and segmentation losses.
+    """
+
+    def __init__(self, method: MethodConfig, *, backend: str = "auto") -> None:
         self.method = method
+        self.backend = backend
 
     def masks(
         self,
@@ -61,15 +76,20 @@ class Objective:
     ) -> Masks:
         """The masks of a batch on its feature grid; M' comes from s itself where there is no bank (the control)."""
         method = self.method
-        cam = self.cam_mask(prediction.heatmap, tags, saliency, valid)
-        if method.context == "none":
-            return Masks(cam, None, None)
-        if augmented is not None and augmented.heatmap is not None:
-            context = self.cam_mask(augmented.heatmap, tags, saliency, valid)
-        else:
+        logits = context_heatmap = None
+        if method.context != "none":
             logits = prediction.logits if augmented is None else augmented.logits
-            context = self.context_mask(logits, tags, saliency, valid)
-        return Masks(cam, context, merge_masks(cam, context, rules=method.merge_rule))
+            if augmented is not None and augmented.heatmap is not None:
+                logits, context_heatmap = None, augmented.heatmap
+        if saliency is not None:
+            saliency = resize_like(saliency, prediction.heatmap.shape[-2:])
+        stacked = pseudo_masks(
+            prediction.heatmap, tags, saliency, valid, logits=logits, context_heatmap=context_heatmap,
+            threshold=method.cam_threshold, cam_background=method.cam_background,
+            background_power=method.background_power, context_background=method.context_background,
+            saliency_weight=method.saliency_weight, merge_rule=method.merge_rule, backend=self.backend,
+        )  # fmt: skip
+        return Masks(stacked)
 
     def cam_mask(self, heatmap: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
         """E2 and E3 under this configuration."""
@@ -105,7 +125,7 @@ class Objective:
         contexts, augmented = self._context_branch(model, prediction, batch, valid)
         masks = self.masks(prediction, augmented, batch.tags, batch.saliency, valid)
         terms = {"loss/classification": self._classification(prediction, batch.tags, valid)}
-        segmentation = self._segmentation(prediction, augmented, masks.named(), terms, ramp)
+        segmentation = self._segmentation(prediction, augmented, masks, terms, ramp)
         total = terms["loss/classification"] + ramp * self.method.segmentation_weight * segmentation
         if augmented is not None:
             terms["loss/entropy"] = entropy_loss(augmented.entropy, valid, count=distributed.sum_(valid.sum()))
@@ -134,28 +154,27 @@ class Objective:
         )
 
     def _segmentation(
-        self, prediction: Prediction, augmented: Augmented | None, masks: dict[str, Tensor], terms: dict[str, Tensor],
+        self, prediction: Prediction, augmented: Augmented | None, masks: Masks, terms: dict[str, Tensor],
         ramp: Tensor,
     ) -> Tensor:  # fmt: skip
         """Σ over the supervising masks of L_seg(s, ·) + L_seg(s̃, ·); adds each to `terms`."""
-        chosen = {name: mask for name, mask in masks.items() if name in self.method.masks}
-        counts = distributed.sum_(torch.stack([labelled_pixels(mask) for mask in chosen.values()]))
-        total = prediction.logits.new_zeros((), dtype=torch.float32)
-        for (name, mask), count in zip(chosen.items(), counts, strict=True):
-            factor = torch.clamp(1 - ramp, min=self.method.cam_floor) if name == "cam" else 1.0
-            terms[f"loss/s_{name}"] = segmentation_loss(prediction.logits, mask, count=count)
-            total = total + factor * terms[f"loss/s_{name}"]
-            if augmented is not None:
-                terms[f"loss/c_{name}"] = segmentation_loss(augmented.logits, mask, count=count)
-                total = total + factor * terms[f"loss/c_{name}"]
-        return total
+        names, chosen = masks.chosen(self.method.masks)
+        context_logits = None if augmented is None else augmented.logits
+        counts = distributed.sum_(labelled_pixels(chosen))
+        losses = segmentation_losses(prediction.logits, context_logits, chosen, counts=counts, backend=self.backend)
+        for branch, row in zip("sc", losses, strict=False):
+            terms |= {f"loss/{branch}_{name}": loss for name, loss in zip(names, row, strict=True)}
+        cam_factor = torch.clamp(1 - ramp, min=self.method.cam_floor)
+        factors = [cam_factor if name == "cam" else torch.ones_like(ramp) for name in names]
+        return (losses * torch.stack(factors)).sum()
 
     def _full(self, prediction: Prediction, batch: Batch, valid: Tensor) -> StepOutput:
         """Ground-truth masks in the place of M, M' and M'', weighted as they are together."""
         truth = sample_grid(batch.masks, valid.shape[-2:]).masked_fill(~valid, IGNORE)
         count = distributed.sum_(labelled_pixels(truth))
         classification = self._classification(prediction, batch.tags, valid)
-        segmentation = len(self.method.masks) * segmentation_loss(prediction.logits, truth, count=count)
+        loss = segmentation_loss(prediction.logits, truth, count=count, backend=self.backend)
+        segmentation = len(self.method.masks) * loss
         total = classification + self.method.segmentation_weight * segmentation
         terms = {"loss/classification": classification, "loss/segmentation": segmentation, "loss/total": total}
         return StepOutput(total, {name: term.detach() for name, term in terms.items()}, None)
@@ -163,9 +182,8 @@ class Objective:
     def _figures(
         self, prediction: Prediction, augmented: Augmented | None, masks: Masks, model: MCIC
     ) -> dict[str, Tensor]:
-        figures = {
-            f"coverage/{name}": self._shared((m != IGNORE).float().mean() * 100) for name, m in masks.named().items()
-        }
+        covered = self._shared(labelled_pixels(masks.stacked) / masks.stacked[0].numel() * 100)
+        figures = {f"coverage/{name}": share for name, share in zip(masks.named(), covered, strict=True)}
         if augmented is not None:
             figures["feature_norm"] = self._shared(prediction.features.float().norm(dim=1).mean())
             figures["message_norm"] = self._shared(augmented.update.float().norm(dim=1).mean())

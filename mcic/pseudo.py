@@ -2,6 +2,8 @@
 
 B images · L object classes · K = L+1 classes, 0 is background · masks are uint8 with 255 for ignore. Nothing here is
 differentiated. `rules` is `paper` or `authors`: each function reads one row of the table in docs/method.md.
+
+Here saliency may have any size; the rules themselves, and all masks of a batch in one pass, are `ops.pseudo_masks`.
 """
 
 from __future__ import annotations
@@ -10,13 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255
-EPSILON = 1e-5
+from mcic import ops
+from mcic.ops import IGNORE, mask_from_scores, merge_masks, normalized_heatmap, with_background
 
-
-def with_background(tags: Tensor) -> Tensor:
-    """Tags bool [B, L] → classes bool [B, K]: background is part of every image."""
-    return F.pad(tags, (1, 0), value=True)
+__all__ = [
+    "IGNORE",
+    "cam_mask",
+    "cam_scores",
+    "context_mask",
+    "context_scores",
+    "mask_from_scores",
+    "merge_masks",
+    "normalized_heatmap",
+    "resize_like",
+    "with_background",
+]
 
 
 def resize_like(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -28,21 +38,6 @@ def resize_like(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return resized[:, 0] if maps.dim() == 3 else resized
 
 
-@torch.no_grad()
-def normalized_heatmap(heatmap: Tensor, tags: Tensor, *, valid: Tensor | None = None, rules: str = "paper") -> Tensor:
-    """relu of the heatmap over its spatial maximum, 0 for absent classes (E2); [B, L, H, W] in 0…1.
-
-    `paper` adds ε = 1e-5 to the maximum, `authors` clamps it there. Pixels outside `valid` bool [B, H, W] do not
-    take part in the maximum.
-    """
-    positive = heatmap.float().relu() if heatmap.dtype != torch.float64 else heatmap.relu()
-    inside = positive if valid is None else positive * valid[:, None]
-    peak = inside.amax((2, 3), keepdim=True)
-    peak = peak.clamp(min=EPSILON) if rules == "authors" else peak + EPSILON
-    return positive / peak * tags[:, :, None, None]
-
-
-@torch.no_grad()
 def cam_scores(
     heatmap: Tensor,
     tags: Tensor,
@@ -58,13 +53,10 @@ def cam_scores(
     The background row is (1 - saliency)^background_power (`paper`), or 1 where saliency < threshold and else 0
     (`authors`); without saliency (1 - max_k h̃_k)^background_power.
     """
-    objects = normalized_heatmap(heatmap, tags, valid=valid, rules=rules)
-    foreground = objects.amax(1) if saliency is None else resize_like(saliency, heatmap.shape[-2:]).to(objects.dtype)
-    if rules == "authors" and saliency is not None:
-        background = (foreground < threshold).to(objects.dtype)
-    else:
-        background = (1 - foreground).clamp(min=0) ** background_power
-    return torch.cat([background[:, None], objects], 1)
+    return ops.cam_scores(
+        heatmap, tags, _on_grid(saliency, heatmap), threshold=threshold, rules=rules,
+        background_power=background_power, valid=valid,
+    )  # fmt: skip
 
 
 def cam_mask(
@@ -97,7 +89,6 @@ def cam_mask(
     return mask_from_scores(scores, threshold=threshold, valid=valid)
 
 
-@torch.no_grad()
 def context_scores(
     logits: Tensor, tags: Tensor, saliency: Tensor | None, *, saliency_weight: float = 0.5, rules: str = "paper"
 ) -> Tensor:
@@ -105,13 +96,8 @@ def context_scores(
 
     Under `authors`, where there is saliency, the background row is w·(1 - saliency) + (1 - w)·softmax background.
     """
-    scores = logits.softmax(1, dtype=None if logits.dtype == torch.float64 else torch.float32)
-    scores = scores * with_background(tags)[:, :, None, None]
-    if rules == "authors" and saliency is not None:
-        saliency = resize_like(saliency, logits.shape[-2:]).to(scores.dtype)
-        background = saliency_weight * (1 - saliency) + (1 - saliency_weight) * scores[:, 0]
-        scores = torch.cat([background[:, None], scores[:, 1:]], 1)
-    return scores
+    saliency = _on_grid(saliency, logits)
+    return ops.context_scores(logits, tags, saliency, saliency_weight=saliency_weight, rules=rules)
 
 
 def context_mask(
@@ -142,30 +128,5 @@ def context_mask(
     return mask_from_scores(scores, threshold=threshold, valid=valid)
 
 
-@torch.no_grad()
-def mask_from_scores(scores: Tensor, *, threshold: float, valid: Tensor | None = None) -> Tensor:
-    """The class of the largest of K rows, ignore where that is below the threshold (E3); uint8 [B, H, W]."""
-    best, label = scores.max(1)
-    ignored = best < threshold
-    if valid is not None:
-        ignored = ignored | ~valid
-    return label.to(torch.uint8).masked_fill(ignored, IGNORE)
-
-
-@torch.no_grad()
-def merge_masks(first: Tensor, second: Tensor, *, rules: str = "paper") -> Tensor:
-    """The merged mask M'' of two uint8 masks (E12).
-
-    0 where both are 0; the object where one mask has it and the other ignores, or where both agree; else ignore.
-    An object against background is ignored under `paper` and wins under `authors`.
-    """
-
-    def is_object(mask: Tensor) -> Tensor:
-        return (mask != 0) & (mask != IGNORE)
-
-    first_yields = ~is_object(first) if rules == "authors" else first == IGNORE
-    second_yields = ~is_object(second) if rules == "authors" else second == IGNORE
-    takes_first = (first == second) | (is_object(first) & second_yields)
-    takes_second = is_object(second) & first_yields
-    ignored = torch.full_like(first, IGNORE)
-    return torch.where(takes_first, first, torch.where(takes_second, second, ignored))
+def _on_grid(saliency: Tensor | None, maps: Tensor) -> Tensor | None:
+    return None if saliency is None else resize_like(saliency, maps.shape[-2:])

@@ -22,7 +22,7 @@ from mcic.evaluate import evaluate_masks, evaluate_network, share_of_rank, summa
 from mcic.log import RunLog, environment
 from mcic.measures import summary_rows
 from mcic.objective import Objective
-from mcic.ops import describe_backends
+from mcic.ops import describe_backends, rejected_labels
 from mcic.optim import build_optimizer, set_lr
 from mcic.panels import draw_examples, draw_previews
 from mcic.report import write_report
@@ -155,6 +155,8 @@ class Trainer:
         if every and (epoch + 1) % every == 0 and epoch + 1 < self.config.train.epochs:
             scores = summarize(self._evaluate_network(), {}, self.data.train.classes)
             log.evaluation(self.step, epoch, {k: v for k, v in scores.items() if isinstance(v, float)})
+        if rejected_labels(self.device):
+            logger.warning("some contexts were not stored: their class is none of the bank's")
         if distributed.rank() == 0:
             save_checkpoint(
                 self.folder / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer,

@@ -8,11 +8,21 @@ from torch import Tensor
 
 @torch.no_grad()
 def ring_push_(
-    bank: Tensor, ids: Tensor, counts: Tensor, cursor: Tensor, contexts: Tensor, labels: Tensor, context_ids: Tensor
+    bank: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    cursor: Tensor,
+    rejected: Tensor,
+    contexts: Tensor,
+    labels: Tensor,
+    context_ids: Tensor,
 ) -> None:
-    """See `mcic.kernels.ring_push_`."""
+    """See `mcic.kernels.ring_push_`; `rejected` is what `rejected_labels` reads."""
     classes, slots, _ = bank.shape
     device = bank.device
+    if device.type == "cpu" and not torch.compiler.is_compiling() and int(labels.max()) >= classes:
+        raise ValueError(f"ring_push_: labels must be below the {classes} classes of the bank, got {int(labels.max())}")
+    rejected += (labels >= classes).sum()
     belongs = labels[:, None] == torch.arange(classes, device=device)  # [R, K]
     position = belongs.cumsum(0) - 1  # place of a row among its class's rows of this push
     arrivals = belongs.sum(0)  # [K]
