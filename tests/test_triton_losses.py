@@ -37,18 +37,29 @@ def differentiate(logits, masks, weights, counts=None, *, backend="triton"):
     return losses.detach(), gradients
 
 
-def assert_close(logits, masks, weights, counts=None):
-    """Fused values and gradients against the fp64 reference."""
+def assert_close(logits, masks, weights, counts=None, *, tiny=False):
+    """Fused values and gradients against the fp64 reference.
+
+    `tiny`: of so few pixels or classes that a whole loss or gradient may cancel: errors are then relative to 1 nat
+    and to the largest gradient that a pixel can have.
+    """
+
+    def error(actual, expected, scale):
+        scale = torch.full((1,), scale if tiny else 0.0, dtype=torch.float64, device=actual.device)
+        return relative_error(torch.cat([actual.flatten().double(), scale]), torch.cat([expected.flatten(), scale]))
+
     losses, gradients = differentiate(logits, masks, weights, counts)
     exact = [maps.double() for maps in logits]
     expected, expected_gradients = differentiate(exact, masks, weights, counts, backend="reference")
     tolerance = TOLERANCE[logits[0].dtype]
     assert losses.dtype == torch.float32
     assert losses.shape == expected.shape == (len(logits), len(masks))
-    assert relative_error(losses, expected) <= TOLERANCE[torch.float32]  # 16-bit logits are summed in fp32
+    assert error(losses, expected, 1.0) <= TOLERANCE[torch.float32]  # 16-bit logits are summed in fp32
+    divisors = (masks != IGNORE).sum((1, 2, 3)).clamp(min=1)
+    steepest = (weights.abs() / divisors).sum(1).max().item()
     for maps, gradient, exact_gradient in zip(logits, gradients, expected_gradients, strict=True):
         assert gradient.dtype == maps.dtype
-        assert relative_error(gradient, exact_gradient) <= 3 * tolerance
+        assert error(gradient, exact_gradient, steepest) <= 3 * tolerance
         labelled = (masks != IGNORE).any(0)[:, None]
         assert not gradient.masked_fill(labelled, 0).any()
 
@@ -65,7 +76,8 @@ def test_values_and_gradients(device, dtype, maps, counts):
     [(1, 1, 2, 1, 1), (2, 3, 1, 5, 3), (3, 1, 5, 1, 70), (1, 2, 21, 65, 1), (4, 1, 131, 2, 3), (1, 1, 255, 1, 2)],
 )
 def test_sizes(device, masks, batch, classes, height, width):
-    assert_close(*make(masks=masks, batch=batch, classes=classes, height=height, width=width, device=device))
+    case = make(masks=masks, batch=batch, classes=classes, height=height, width=width, device=device)
+    assert_close(*case, tiny=True)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -78,7 +90,7 @@ def test_sizes(device, masks, batch, classes, height, width):
 def test_any_shape(device, maps, masks, sizes, seed):
     torch.manual_seed(seed)
     keys = ("batch", "classes", "height", "width")
-    assert_close(*make(maps=maps, masks=masks, device=device, **dict(zip(keys, sizes, strict=True))))
+    assert_close(*make(maps=maps, masks=masks, device=device, **dict(zip(keys, sizes, strict=True))), tiny=True)
 
 
 @pytest.mark.parametrize("size", [{"batch": 0}, {"width": 0}, {"masks": 0}])
@@ -104,6 +116,7 @@ def test_nothing_labelled_is_zero(device):
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered")
 def test_ignored_pixels_may_hold_anything(device):
     logits, masks, weights = make(device=device)
     ignored = (masks == IGNORE).all(0)[:, None].expand_as(logits[0])
@@ -115,9 +128,10 @@ def test_ignored_pixels_may_hold_anything(device):
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
 
 
-def test_large_logits_stay_finite(device):
+def test_large_logits(device):
     logits, masks, weights = make(device=device)
     assert_close([maps * 1e3 for maps in logits], masks, weights)
+    assert_close([maps + 1e3 for maps in logits], masks, weights)
 
 
 def test_labels_that_are_no_class_are_passed_over(device):

@@ -119,6 +119,7 @@ def test_maps_may_differ_in_dtype(device):
     assert_same_masks(fused(device, case, **rules()), case, rules())
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.5, 2.0])
 @pytest.mark.parametrize("saliency", [True, False])
 def test_powers_of_the_background(device, power, saliency):
@@ -220,6 +221,7 @@ def test_layouts(device):
     case["valid"] = torch.stack([case["valid"]] * 2, -1)[..., 0]
     case["tags"] = torch.stack([case["tags"]] * 3, 1)[:, 1]
     assert torch.equal(fused(device, case, **given), base)
+    assert torch.equal(fused(device, case | {"heatmap": plain["heatmap"]}, **given), base)
     for name in ("heatmap", "logits"):
         case[name] = plain[name].transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(fused(device, case, **given), base)

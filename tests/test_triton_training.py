@@ -42,8 +42,10 @@ def test_a_hundred_steps_agree(tmp_path, device):
         compared += 1
         for name in figures[0]:
             torch.testing.assert_close(figures[0][name], figures[1][name], rtol=1e-4, atol=1e-5, msg=f"{name} {step}")
-        for a, b in zip(fused.update.parameters, reference.update.parameters, strict=True):
-            assert relative_error(a.grad, b.grad) < 1e-3
+        gradients = [[p.grad for p in trainer.update.parameters] for trainer in (fused, reference)]
+        largest = max(gradient.abs().max() for gradient in gradients[1])
+        for a, b in zip(*gradients, strict=True):  # that of the key's bias is 0 but for rounding
+            assert relative_error(a, b) < 1e-3 or (a - b).abs().max() < 1e-6 * largest
         for name in ("entries", "ids", "counts", "cursor"):
             torch.testing.assert_close(getattr(fused.model.memory, name), getattr(reference.model.memory, name))
     assert compared >= 0.95 * STEPS
