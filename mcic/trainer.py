@@ -58,7 +58,7 @@ class Trainer:
         backend = config.run.backend
         self.model = build_model(config.model, config.method, num_classes=num_classes, backend=backend)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.objective = Objective(config.method)
+        self.objective = Objective(config.method, backend=backend)
         train = config.train
         self.optimizer = build_optimizer(
             self.model, lr=train.lr, new_layer_lr=train.new_layer_lr, momentum=train.momentum,

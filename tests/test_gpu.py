@@ -132,7 +132,7 @@ def training(backend="auto", dtype=BF16):
     model = model.to("cuda", memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, lr=0.01, new_layer_lr=1.0, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    update = Update(model, Objective(method), optimizer, scaler, dtype=dtype)
+    update = Update(model, Objective(method, backend=backend), optimizer, scaler, dtype=dtype)
     tags = torch.rand(4, 5, device="cuda") < 0.4
     batch = Batch(
         torch.randn(4, 3, 97, 97, device="cuda").to(memory_format=torch.channels_last),

@@ -17,7 +17,7 @@ def test_a_hundred_steps_agree(tmp_path, device):
             tmp_path / backend,
             data={"train_images": 16},
             method={"slots": 4, "attention_threshold": 1.0, "entropy_weight": 0.3, "pool_threshold": 0.3},
-            train={"size": 41, "batch_size": 2, "epochs": 13, "warmup_steps": 10},
+            train={"size": 17, "batch_size": 2, "epochs": 13, "warmup_steps": 10},
             run={"backend": backend, "device": device.type},
         )
         trainers[backend] = Trainer(config)

@@ -81,13 +81,13 @@ class Propagation(nn.Module):
         message, entropy = self.message(query, entries, counts, class_mask)
         update = F.relu(self.norm(self.dropout(message)))
         readable = (class_mask & (counts > 0)).any(1)
-        if not _host_sees(readable) or not readable.all():
+        if not self._narrows(readable) or not readable.all():
             update = update * readable[:, None, None]
         return Reading(update.transpose(1, 2).unflatten(2, (height, width)), entropy)
 
     def message(self, query: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor]:
         """W_o m + b_o for query [B, N, D] → ([B, N, D], entropy [B, N])."""
-        if _host_sees(entries):  # then only rows that somebody reads are projected
+        if self._narrows(entries):  # then only rows that somebody reads are projected
             entries, counts, class_mask = _read_rows(entries, counts, class_mask)
         entries = entries.to(self.key.weight.dtype)  # a 16-bit bank is read as what it holds
         rows = entries.shape[0] * entries.shape[1]
@@ -135,7 +135,7 @@ class Propagation(nn.Module):
         self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, counts: Tensor, class_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         attend = partial(sparse_attention, scale=self.scale, threshold=self.threshold, backend=self.backend)
-        if not _host_sees(query):
+        if not self._narrows(query):
             return attend(query, keys, values, bias, counts, class_mask)
         # Image by image, each given its own classes and no others: the reference computes what it is given.
         tables = [(keys.unbind(-3), -3), (values.unbind(-3), -3), (bias if bias is None else bias.unbind(-2), -2)]
@@ -147,13 +147,12 @@ class Propagation(nn.Module):
         messages, entropies = zip(*parts, strict=True)
         return torch.cat(messages), torch.cat(entropies)
 
+    def _narrows(self, tensor: Tensor) -> bool:
+        """Whether to leave out what no image needs: where reading a value costs no waiting, but for fused kernels."""
+        return tensor.device.type == "cpu" and self.backend != "triton" and not torch.compiler.is_compiling()
+
     def _split(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (self.heads, -1))
-
-
-def _host_sees(tensor: Tensor) -> bool:
-    """Whether reading a value costs no waiting; then what no image needs is left out."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _read_rows(entries: Tensor, counts: Tensor, class_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
