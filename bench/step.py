@@ -138,7 +138,9 @@ class NetworkStep:
 def package_step(model: MCIC, config: Config, dtype: torch.dtype) -> Update:
     """The step of the trainer."""
     scaler = torch.amp.GradScaler(enabled=False)
-    return Update(model, Objective(config.method, backend=model.backend), _optimizer(model, config), scaler, dtype=dtype)
+    return Update(
+        model, Objective(config.method, backend=model.backend), _optimizer(model, config), scaler, dtype=dtype
+    )
 
 
 def _optimizer(model: MCIC, config: Config) -> torch.optim.Optimizer:
