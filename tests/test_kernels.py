@@ -141,6 +141,7 @@ def test_attention_in_16_bit_accumulates_in_32(dtype):
     [
         ({"query": torch.zeros(2, 5)}, "query"),
         ({"keys": torch.zeros(3, 4, 5, dtype=F64)}, "keys"),
+        ({"keys": torch.zeros(3, 0, 6, dtype=F64)}, "at least one class and one slot"),
         ({"values": torch.zeros(3, 5, 7, dtype=F64)}, "values"),
         ({"key_bias": torch.zeros(3, dtype=F64)}, "key_bias"),
         ({"counts": torch.zeros(3, dtype=torch.int64)}, "counts"),

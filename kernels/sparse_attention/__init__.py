@@ -75,6 +75,7 @@ def _check(
         keys.dim() in (3, 4) and keys.shape[-1] == channels,
         "keys", f"[K, S, {channels}] or [heads, K, S, {channels}] like the query", _describe(keys),
     )  # fmt: skip
+    require(keys.shape[:-1].numel() > 0, "keys", "of at least one class and one slot", _describe(keys))
     require(
         values.shape[:-1] == keys.shape[:-1],
         "values", f"{[*keys.shape[:-1], 'E']} like the keys", _describe(values),
