@@ -61,13 +61,14 @@ def differentiate(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> No
 def attention(
     dtype: torch.dtype, device: torch.device, *, D: int = 1024, E: int | None = None, K: int = 21, S: int = 64,
     side: int = 41, heads: int | None = None, threshold: float = 0.0, bias: bool = True, query_grad: bool = False,
+    bank: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """`sparse_attention` forward and backward; three classes an image."""
     from mcic.kernels.sparse_attention.triton import sparse_attention
 
     lead = () if heads is None else (heads,)
     query = values(dtype, device, NUM_IMAGES[device.type], side * side, D)
-    keys, messages = values(dtype, device, *lead, K, S, D), values(dtype, device, *lead, K, S, E or D)
+    keys, messages = (values(bank or dtype, device, *lead, K, S, width) for width in (D, E or D))
     key_bias = values(torch.float32, device, *lead, K, S) if bias else None
     wanted = (keys, messages, *([key_bias] if bias else []), *([query] if query_grad else []))
     for tensor in wanted:
@@ -150,6 +151,7 @@ CASES = [
     Case("sparse_attention 2 heads θ=1 dq", partial(attention, heads=2, threshold=1.0, query_grad=True)),
     Case("sparse_attention D=16", partial(attention, D=16, query_grad=True)),
     Case("sparse_attention D=77 E=130", partial(attention, D=77, E=130, query_grad=True)),
+    Case("sparse_attention fp32 bank θ=1 dq", partial(attention, bank=torch.float32, threshold=1.0, query_grad=True)),
     Case("sparse_attention D=2048 θ=1 dq", partial(attention, D=2048, threshold=1.0, query_grad=True)),
     Case("sparse_attention 21×4096", partial(attention, S=4096, query_grad=True)),
     Case("sparse_attention 21×4096 D=2048", partial(attention, S=4096, D=2048, query_grad=True)),

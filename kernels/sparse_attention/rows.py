@@ -23,12 +23,18 @@ def row_limit(device: torch.device, dtype: torch.dtype) -> int:
     return STEPS * config("sparse_attention_rows_fwd_kernel", device, dtype)["STEP"]
 
 
-def launch_config(kernel: str, query: Tensor, bank: Tensor) -> dict[str, int]:
-    """Launch configuration; fewer stages where the bank's elements are wider than those the table is made for."""
+def launch_config(kernel: str, query: Tensor, keys: Tensor, values: Tensor, precision: str) -> dict[str, int]:
+    """Launch configuration of a row kernel.
+
+    The table is made for elements of the query's type in rows of a multiple of 16. Casts, masks and tf32's rounding
+    need registers of their own: then with half the pixels and two stages, so that none spills.
+    """
     settings = config(kernel, query.device, query.dtype)
-    if bank.element_size() > query.element_size():
-        settings = settings | {"num_stages": min(settings["num_stages"], 2)}
-    return settings
+    casts = keys.element_size() > query.element_size() or (precision == "tf32" and query.dtype == torch.float32)
+    if not casts and keys.shape[-1] % 16 == values.shape[-1] % 16 == 0:
+        return settings
+    halved = {name: max(64, settings[name] // 2) for name in ("BLOCK_N", "BLOCK_C") if settings.get(name, 0) > 64}
+    return settings | halved | {"num_stages": min(settings["num_stages"], 2)}
 
 
 @triton.jit
@@ -290,7 +296,7 @@ def rows_forward(
     """
     batch, pixels, channels = query.shape
     heads, classes, slots, out = values.shape
-    settings = launch_config("sparse_attention_rows_fwd_kernel", query, keys)
+    settings = launch_config("sparse_attention_rows_fwd_kernel", query, keys, values, precision)
     grid = (triton.cdiv(pixels, settings["BLOCK_N"]), batch, heads)
     sparse_attention_rows_fwd_kernel[grid](
         query, keys, values, bias, counts, class_mask, message, entropy, attention, stats, starts,
