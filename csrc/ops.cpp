@@ -18,7 +18,7 @@
 #include "ring_push.h"
 
 #ifdef MCIC_CUDA
-// In libtorch_cuda; null where PyTorch is the CPU build, which never has a CUDA tensor to push.
+// In libtorch_cuda; null where this was linked without it, against the CPU build of PyTorch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
@@ -131,6 +131,9 @@ void ring_push_on_cuda(Tensor bank, Tensor ids, Tensor counts, Tensor cursor, Te
                        Tensor labels, Tensor context_ids) {
   const RingPush push = checked(bank, ids, counts, cursor, rejected, contexts, labels, context_ids);
   if (is_empty(push)) return;
+  if (aoti_torch_get_current_cuda_stream == nullptr) {
+    throw std::runtime_error("ring_push_: this was built with a CPU build of PyTorch; install again with the present one");
+  }
   const int32_t device = bank.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

@@ -95,7 +95,8 @@ class GraphedUpdate:
         if self.batch is None:
             self.batch = Batch(*(field if field is None else field.clone() for field in _fields(batch)))
             self.ramp = ramp.clone()
-            with torch.cuda.graph(self.graph):  # records, computes nothing
+            # Records, computes nothing. The thread that pins the loader's memory may go on meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.figures = self.update(self.batch, self.ramp)
         for ours, theirs in zip(_fields(self.batch), _fields(batch), strict=True):
             if ours is not None:

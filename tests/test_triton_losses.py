@@ -16,7 +16,7 @@ from mcic.objective import Masks, Objective
 from mcic.pseudo import IGNORE
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-COUNTS = (None, torch.tensor([7, 400, 0]))
+COUNTS = (None, torch.tensor([7, 0, 400, 0, 0, 0])[::2])  # a strided one
 
 
 def make(*, maps=2, masks=3, batch=2, classes=6, height=9, width=11, dtype=torch.float32, device="cpu"):

@@ -65,7 +65,7 @@ __device__ int count_arrivals(const RingPush& push, int k) {
     arrivals += __syncthreads_count(label == k);
     if (k == 0) rejected += __syncthreads_count(label >= push.classes);
   }
-  if (threadIdx.x == 0 && rejected > 0) *push.rejected += rejected;
+  if (threadIdx.x == 0 && rejected > 0) atomicAdd(push.rejected, rejected);
   return arrivals;
 }
 

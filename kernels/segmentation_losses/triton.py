@@ -248,6 +248,7 @@ def _forward(
     if logits.numel() == 0 or masks.numel() == 0:
         return losses.zero_(), divisors.fill_(1) if counts is None else divisors.copy_(counts).clamp_(min=1)
     logits, masks = logits.flatten(2), masks.contiguous()
+    counts = None if counts is None else counts.contiguous()
     context_logits = None if context_logits is None else context_logits.flatten(2)
     batch, classes, pixels = logits.shape
     maps, number = losses.shape

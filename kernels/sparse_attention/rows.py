@@ -136,11 +136,8 @@ def _exponentials(b_z, b_max, m_j):
 
 @triton.jit
 def _mark_dropped(b_e, b_cut):
-    """Negative where the threshold drops the entry, and the sum of the kept ones.
-
-    e = 1 stands for the row's maximum: a score within the rounding of exp of it counts as equal to it.
-    """
-    m_keep = (b_e >= b_cut[:, None]) | (b_e == 1.0)
+    """Negative where the threshold drops the entry, and the sum of the kept ones."""
+    m_keep = b_e >= b_cut[:, None]
     return tl.where(m_keep, b_e, -b_e), tl.sum(tl.where(m_keep, b_e, 0.0), 1)
 
 
@@ -189,8 +186,10 @@ def _forward_block(
 
     b_kept = b_total
     if SPARSE:
-        b_e0, b_kept0 = _mark_dropped(b_e0, b_total * (threshold / n))
-        b_e1, b_kept1 = _mark_dropped(b_e1, b_total * (threshold / n))
+        b_largest = tl.maximum(tl.max(b_e0, 1), tl.max(b_e1, 1))  # what exp made of the row's maximum
+        b_cut = tl.minimum(b_total * (threshold / n), b_largest)
+        b_e0, b_kept0 = _mark_dropped(b_e0, b_cut)
+        b_e1, b_kept1 = _mark_dropped(b_e1, b_cut)
         b_kept = b_kept0 + b_kept1
     if stats_ptr is not None:
         tl.store(stats_ptr + o_n, b_max, mask=m_n)

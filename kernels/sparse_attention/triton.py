@@ -39,11 +39,17 @@ def sparse_attention(
     keys, values = keys.contiguous(), values.contiguous()
     key_bias = None if key_bias is None else key_bias.contiguous()
     differentiable = (query, keys, values) if key_bias is None else (query, keys, values, key_bias)
+    query = _within_int32(query)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     message, entropy, *_ = sparse_attention_fwd(
         query, keys, values, key_bias, counts.contiguous(), class_mask.contiguous(), scale, threshold, save
     )
     return message, entropy
+
+
+def _within_int32(pixels: Tensor) -> Tensor:
+    """[B, N, C] whose offsets from channel to channel, which the kernels take in 32 bits, stay in range."""
+    return pixels.contiguous() if pixels.shape[2] * pixels.stride(2) >= 2**31 else pixels
 
 
 def _regimes(query: Tensor, keys: Tensor) -> tuple[int, bool]:
@@ -156,6 +162,7 @@ def sparse_attention_bwd(
     head's entropy.
     """
     limit, streams = _regimes(query, keys)
+    d_message = _within_int32(d_message)
     heads = keys.shape[0]
     gradients = [
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else None
