@@ -10,7 +10,7 @@ from mcic.build import build_model
 from mcic.config import MethodConfig, ModelConfig
 from mcic.data import Batch
 from mcic.model import Contexts
-from mcic.model.propagation import Propagation
+from mcic.model.propagation import Propagation, dropout_mask
 from mcic.objective import Objective, push, sample_grid
 from mcic.optim import build_optimizer
 from mcic.pseudo import IGNORE
@@ -298,3 +298,19 @@ def test_new_layers_learn_faster():
 def test_heads_must_divide_the_channels():
     with pytest.raises(ValueError, match=r"--method.heads must divide the 64 feature channels, got 7"):
         make(heads=7)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.9, 1.0])
+def test_dropout_on_the_cpu_drops_its_share(probability):
+    like = torch.ones(501, 997)
+    factors = dropout_mask(like, probability)
+    dropped = factors == 0
+    assert dropped.double().mean() == pytest.approx(probability, abs=2e-3)
+    assert factors[~dropped].unique().numel() <= 1
+    if probability < 1:
+        assert factors.mean() == pytest.approx(1, abs=2e-2)
+    for period in range(2, 5):  # four elements share a random number
+        columns = dropped.flatten()[: 400_000 // period * period].view(-1, period).double()
+        assert (columns.mean(0) - probability).abs().max() < 5e-3
+    torch.manual_seed(0)
+    assert not torch.equal(dropout_mask(like, 0.5), dropout_mask(like, 0.5))

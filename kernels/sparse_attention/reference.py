@@ -38,12 +38,11 @@ def _attention(
 
     keys, values = flat(keys), flat(values)
     readable = (class_mask[:, :, None] & stored).flatten(1)[:, None, None]  # [B, 1, 1, M]
-    with torch.autocast(query.device.type, enabled=False):
-        scores = torch.einsum("bnd,hmd->bhnm", query.to(compute), keys) * scale
+    hidden = torch.zeros_like(readable, dtype=compute).masked_fill(~readable, torch.finfo(compute).min / 2)
     if key_bias is not None:
-        scores = scores + flat(key_bias[..., None])[None, :, None, :, 0]
-
-    scores = scores.masked_fill(~readable, torch.finfo(compute).min)
+        hidden = hidden + flat(key_bias[..., None])[None, :, None, :, 0]  # [B, heads, 1, M]
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.einsum("bnd,hmd->bhnm", query.to(compute), keys * scale) + hidden
     log_dense = scores.log_softmax(-1)
     dense = log_dense.exp().masked_fill(~readable, 0)  # [B, heads, N, M]
     entropy = -(dense * log_dense).sum(-1).mean(1)  # [B, N]
