@@ -101,6 +101,23 @@ def test_operations_repeat_to_the_bit(dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+@pytest.mark.parametrize("slots", [64, 2048])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_row_never_loses_its_maximum(dtype, precision, slots):
+    """A threshold that only the maximum passes, and scores small against their terms: every rounding counts."""
+    query, keys, values, _, counts, class_mask = c1(dtype, batch=2, slots=slots)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        message, _ = sparse_attention(
+            query, keys, values, None, counts, class_mask, scale=1.0, threshold=1e6, backend="triton"
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert message.float().norm(dim=-1).min() > 1
+
+
 def test_attention_past_two_to_the_31_elements():
     query, keys, values, bias, counts, class_mask = c1(batch=2, pixels=1_060_000, read=2)
     assert query.numel() > 2**31
