@@ -12,7 +12,7 @@ from mcic.config import MethodConfig
 from mcic.losses import classification_loss, entropy_loss, labelled_pixels, segmentation_loss
 from mcic.model import MCIC, Augmented, Contexts, Prediction, feature_valid
 from mcic.ops import pseudo_masks, segmentation_losses
-from mcic.pseudo import IGNORE, cam_mask, context_mask, resize_like
+from mcic.pseudo import IGNORE, context_mask, resize_like
 
 from .data.base import Batch
 
@@ -90,14 +90,6 @@ class Objective:
             saliency_weight=method.saliency_weight, merge_rule=method.merge_rule, backend=self.backend,
         )  # fmt: skip
         return Masks(stacked)
-
-    def cam_mask(self, heatmap: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
-        """E2 and E3 under this configuration."""
-        method = self.method
-        return cam_mask(
-            heatmap, tags, saliency, threshold=method.cam_threshold, rules=method.cam_background,
-            background_power=method.background_power, valid=valid,
-        )  # fmt: skip
 
     def context_mask(self, logits: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
         """E11 under this configuration."""

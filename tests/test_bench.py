@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import relative_error
 from mcic.kernels import class_pool, segmentation_losses
+from mcic.kernels.registry import OPERATIONS
 
 from bench import counts, documents, gpu, hotpath, ops, published, sanitized, step, targets
 from bench.__main__ import chosen
@@ -295,8 +296,13 @@ def test_gpu_stages_are_limited_and_independent(tmp_path):
     assert gpu.run(failing, tmp_path, time.monotonic(), 60.0, set())[1] == "no time"
 
 
-def test_what_the_sanitizer_watches_runs():
+def test_the_sanitizer_watches_every_operation(monkeypatch):
+    called = set()
+    for name in OPERATIONS:
+        operation = getattr(sanitized, name)
+        monkeypatch.setattr(sanitized, name, lambda *a, o=operation, n=name, **k: called.add(n) or o(*a, **k))
     sanitized.exercise(CPU, (torch.float32,))
+    assert called == set(OPERATIONS)
 
 
 def test_nothing_is_launched_on_a_cpu():

@@ -13,7 +13,7 @@ from mcic.model import Contexts
 from mcic.model.propagation import Propagation, dropout_mask
 from mcic.objective import Objective, push, sample_grid
 from mcic.optim import build_optimizer
-from mcic.pseudo import IGNORE
+from mcic.pseudo import IGNORE, cam_mask
 
 L, SIZE = 3, 33
 
@@ -282,7 +282,12 @@ def test_context_head_classification_makes_the_mask_from_the_heatmap():
     prediction = model(batch.images)
     augmented = model.read(prediction, batch.tags)
     masks = objective.masks(prediction, augmented, batch.tags, batch.saliency, None)
-    assert torch.equal(masks.context, objective.cam_mask(augmented.heatmap, batch.tags, batch.saliency, None))
+    method = objective.method
+    cam = cam_mask(
+        augmented.heatmap, batch.tags, batch.saliency, threshold=method.cam_threshold, rules=method.cam_background,
+        background_power=method.background_power,
+    )  # fmt: skip
+    assert torch.equal(masks.context, cam)
 
 
 def test_new_layers_learn_faster():
