@@ -27,19 +27,18 @@ class Case:
 
     def __init__(
         self, device, dtype=torch.float32, *, pixels=18, counts=(19, 0, 22, 5), slots=25, channels=20, out_channels=37,
-        heads=1, bias=True, threshold=0.0, classes=((1, 0, 1, 0), (1, 1, 0, 0)), bank=None,
+        heads=1, bias=True, threshold=0.0, classes=((1, 0, 1, 0), (1, 1, 0, 0)),
     ):  # fmt: skip
         def randn(*shape, like=dtype):
             return torch.randn(shape).to(like).to(device)
 
-        bank = bank or dtype
         self.query = randn(2, pixels, channels)
         self.counts = torch.tensor(counts, dtype=torch.int32, device=device)
         self.class_mask = torch.tensor(classes, dtype=torch.bool, device=device)
         unread = torch.arange(slots, device=device) >= self.counts[:, None]
-        self.keys = randn(heads, len(counts), slots, channels, like=bank).masked_fill(unread[..., None], NAN)
-        self.values = randn(heads, len(counts), slots, out_channels, like=bank).masked_fill(unread[..., None], NAN)
-        self.bias = randn(heads, len(counts), slots, like=bank).masked_fill(unread, NAN) if bias else None
+        self.keys = randn(heads, len(counts), slots, channels).masked_fill(unread[..., None], NAN)
+        self.values = randn(heads, len(counts), slots, out_channels).masked_fill(unread[..., None], NAN)
+        self.bias = randn(heads, len(counts), slots).masked_fill(unread, NAN) if bias else None
         self.d_message = randn(2, pixels, out_channels)
         self.d_entropy = randn(2, pixels, like=torch.float32)
         self.threshold = threshold
@@ -49,22 +48,17 @@ class Case:
 
     def at_threshold(self) -> torch.Tensor:
         """Pixels [B, N] with an entry so close to the threshold that a rounding decides."""
-        keys = self.keys.to(self.query.dtype).double()
         bias = None if self.bias is None else self.bias.double()
         dense = attention_weights(
-            self.query.double(), keys, bias, self.counts, self.class_mask, scale=SCALE, threshold=0
+            self.query.double(), self.keys.double(), bias, self.counts, self.class_mask, scale=SCALE, threshold=0
         )  # [B, heads, N, K, S]
         relative = dense * (self.class_mask * self.counts).sum(1)[:, None, None, None, None]
         return ((relative - self.threshold).abs() < 1e-5 * self.threshold).any(-1).any(-1).any(1)
 
     def reference(self) -> dict[str, torch.Tensor]:
-        """Message, entropy and gradients in fp64, of the products that the kernels compute: the bank in their dtype."""
+        """Message, entropy and gradients in fp64."""
         inputs = {name: getattr(self, name) for name in GRADIENTS}
-        leaves = {
-            name: tensor.to(self.query.dtype if name != "bias" else tensor.dtype).double().requires_grad_()
-            for name, tensor in inputs.items()
-            if tensor is not None
-        }
+        leaves = {name: tensor.double().requires_grad_() for name, tensor in inputs.items() if tensor is not None}
         message, entropy = sparse_attention(
             leaves["query"], leaves["keys"], leaves["values"], leaves.get("bias"), self.counts, self.class_mask,
             scale=SCALE, threshold=self.threshold, backend="reference",
@@ -158,12 +152,6 @@ def test_many_classes(device):
     case = Case(device, counts=(3,) * 130, slots=3, classes=classes, pixels=4, channels=8, out_channels=8)
     expected, (message, entropy, _) = case.reference(), case.forward()
     assert_close({"message": message[0], "entropy": entropy[0]}, expected, torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, HALF])
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_bank_of_another_dtype_is_cast(device, dtype, threshold):
-    Case(device, dtype, bank=torch.float32, threshold=threshold, pixels=9).check()
 
 
 def test_support_over_many_pixels(device):

@@ -23,20 +23,6 @@ def row_limit(device: torch.device, dtype: torch.dtype) -> int:
     return STEPS * config("sparse_attention_rows_fwd_kernel", device, dtype)["STEP"]
 
 
-def launch_config(kernel: str, query: Tensor, keys: Tensor, values: Tensor, precision: str) -> dict[str, int]:
-    """Launch configuration of a row kernel.
-
-    The table is made for elements of the query's type in rows of a multiple of 16. Casts, masks and tf32's rounding
-    need registers of their own: then with half the pixels and two stages, so that none spills.
-    """
-    settings = config(kernel, query.device, query.dtype)
-    casts = keys.element_size() > query.element_size() or (precision == "tf32" and query.dtype == torch.float32)
-    if not casts and keys.shape[-1] % 16 == values.shape[-1] % 16 == 0:
-        return settings
-    halved = {name: max(64, settings[name] // 2) for name in ("BLOCK_N", "BLOCK_C") if settings.get(name, 0) > 64}
-    return settings | halved | {"num_stages": min(settings["num_stages"], 2)}
-
-
 @triton.jit
 def load_rows(bank_ptr, b_rows, m_rows, o_c, C, dtype: tl.constexpr):
     """Rows of a bank [·, C], some channels of them, as `dtype`; 0 where masked."""
@@ -284,7 +270,7 @@ def rows_forward(
     """Write what the images with at most `row_limit` entries get.
 
     Args:
-        query: [B, N, D]; keys [h, K, S, D], values [h, K, S, E], bias [h, K, S] contiguous.
+        query: [B, N, D]; keys [h, K, S, D] and values [h, K, S, E] of its dtype, bias [h, K, S]: contiguous.
         precision: of the products of fp32 inputs, ieee or tf32.
         message: out [h, B, N, E]; the query's dtype, or fp32 where the heads are still to be summed.
         entropy: out f32 [h, B, N].
@@ -295,7 +281,7 @@ def rows_forward(
     """
     batch, pixels, channels = query.shape
     heads, classes, slots, out = values.shape
-    settings = launch_config("sparse_attention_rows_fwd_kernel", query, keys, values, precision)
+    settings = config("sparse_attention_rows_fwd_kernel", query.device, query.dtype)
     grid = (triton.cdiv(pixels, settings["BLOCK_N"]), batch, heads)
     sparse_attention_rows_fwd_kernel[grid](
         query, keys, values, bias, counts, class_mask, message, entropy, attention, stats, starts,

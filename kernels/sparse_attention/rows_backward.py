@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..configs import config
 from .entries import entry_rows, num_entries
-from .rows import BLOCK_K, launch_config, row_mask, row_products, store_combination, store_zeros
+from .rows import BLOCK_K, row_mask, row_products, store_combination, store_zeros
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -363,7 +363,7 @@ def rows_backward(
     wanted = [gradient is not None for gradient in (d_keys, d_values, d_bias)]
     d_scores = None
     if d_query is not None or d_keys is not None or d_bias is not None:
-        settings = launch_config("sparse_attention_rows_bwd_scores_kernel", query, keys, values, precision)
+        settings = config("sparse_attention_rows_bwd_scores_kernel", query.device, query.dtype)
         d_scores = torch.empty_like(attention) if d_keys is not None or d_bias is not None else None
         sparse_attention_rows_bwd_scores_kernel[triton.cdiv(pixels, settings["BLOCK_N"]), batch, heads](
             d_message, keys, values, counts, class_mask, attention, stats[2], entropy, d_entropy, d_scores, d_query,
@@ -380,7 +380,7 @@ def rows_backward(
     def tiles(block: int) -> list[int]:
         return [triton.cdiv(w, block) * want for w, want in zip((channels, out, 1), wanted, strict=True)]
 
-    settings = launch_config("sparse_attention_rows_bwd_partial_kernel", query, keys, values, precision)
+    settings = config("sparse_attention_rows_bwd_partial_kernel", query.device, query.dtype)
     num = tiles(settings["BLOCK_C"])
     sparse_attention_rows_bwd_partial_kernel[sum(num), batch, heads](
         query, d_message, counts, class_mask, attention, d_scores, key_parts, value_parts, bias_parts,

@@ -245,8 +245,8 @@ def streaming_forward(
 
     Args:
         query: [B, N, D], any strides.
-        keys, values, bias: [heads, K, S, D], [heads, K, S, E] and [heads, K, S] or None, contiguous, of any dtype:
-            the products are those of the query's dtype.
+        keys, values, bias: [heads, K, S, D] and [heads, K, S, E] of the query's dtype, [heads, K, S] or None;
+            contiguous.
         counts, class_mask: i32 [K] and bool [B, K], contiguous.
         scale, threshold: as in `mcic.kernels.sparse_attention`.
         row_limit: -1 for every image; then a row with nothing to read has message, entropy and first statistics 0.
@@ -268,8 +268,8 @@ def streaming_forward(
         )  # fmt: skip
     covers = {"BLOCK_D": channels, "BLOCK_E": out_channels}
     launch = launch_config("sparse_attention_stream_fwd_kernel", query, **covers)
-    # A row that does not fit, or that passes through registers on its way, to be cast or transposed, leaves too few.
-    if launch["BLOCK_D"] < channels or keys.dtype != query.dtype or query.stride(2) != 1:
+    # A row that does not fit, or that passes through registers on its way, to be transposed, leaves too few.
+    if launch["BLOCK_D"] < channels or query.stride(2) != 1:
         launch = launch_config("sparse_attention_stream_fwd_kernel.wide", query, **covers)
     tiles = triton.cdiv(out_channels, launch["BLOCK_E"])
     sparse_attention_stream_fwd_kernel[triton.cdiv(pixels, launch["BLOCK_N"]), batch, heads * tiles](

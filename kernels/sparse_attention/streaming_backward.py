@@ -289,8 +289,9 @@ def streaming_backward(
         "PRECISION": precision(),
     }  # fmt: skip
     if d_query is not None:
-        kernel = "sparse_attention_stream_query_bwd_kernel" + (".cast" if keys.dtype != query.dtype else "")
-        launch = launch_config(kernel, query, BLOCK_D=channels, BLOCK_E=out_channels, BLOCK_T=channels)
+        launch = launch_config(
+            "sparse_attention_stream_query_bwd_kernel", query, BLOCK_D=channels, BLOCK_E=out_channels, BLOCK_T=channels
+        )
         grid = (triton.cdiv(pixels, launch["BLOCK_N"]), batch, heads * triton.cdiv(channels, launch["BLOCK_T"]))
         sparse_attention_stream_query_bwd_kernel[grid](
             *read, d_query, *strides, *d_entropy.stride(), *numbers, out_channels, **constants, **launch

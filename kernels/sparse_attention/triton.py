@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .rows import row_limit, rows_forward
 from .rows_backward import rows_backward
 from .streaming import precision, streaming_forward
 from .streaming_backward import streaming_backward
 
-COLUMNS = 16  # the kept attention's rows are padded to a multiple of it
+COLUMNS = 16  # channels and the kept attention's rows are padded to a multiple of it: whole vectors are moved
 
 
 def sparse_attention(
@@ -31,12 +32,15 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `mcic.kernels.sparse_attention`; products of 16-bit queries in 16 bits, sums in fp32.
 
-    Entries whose scores lie within a rounding of exp of their row's maximum count as equal to it.
+    Entries whose scores lie within a rounding of exp of their row's maximum count as equal to it. A bank of another
+    dtype than the query's is converted first, and channels that are no multiple of 16 are padded, in copies.
     """
     if keys.dim() == 3:
         keys, values = keys[None], values[None]
         key_bias = None if key_bias is None else key_bias[None]
-    keys, values = keys.contiguous(), values.contiguous()
+    out = values.shape[-1]
+    query = _padded(query)
+    keys, values = (_padded(tensor.to(query.dtype)).contiguous() for tensor in (keys, values))
     key_bias = None if key_bias is None else key_bias.contiguous()
     differentiable = (query, keys, values) if key_bias is None else (query, keys, values, key_bias)
     query = _within_int32(query)
@@ -44,7 +48,13 @@ def sparse_attention(
     message, entropy, *_ = sparse_attention_fwd(
         query, keys, values, key_bias, counts.contiguous(), class_mask.contiguous(), scale, threshold, save
     )
-    return message, entropy
+    return message[..., :out], entropy
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """Zeros behind the last axis, up to a multiple of COLUMNS."""
+    missing = -tensor.shape[-1] % COLUMNS
+    return functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _within_int32(pixels: Tensor) -> Tensor:
@@ -91,7 +101,8 @@ def sparse_attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """message [B, N, E], entropy [B, N] and, if `save`, what the backward pass needs (`_saved_shapes`), else empty.
 
-    Takes [heads, K, S, ·] keys, values and bias, contiguous as counts and class_mask are.
+    Takes [heads, K, S, ·] keys, values and bias, contiguous as counts and class_mask are, keys and values in the
+    query's dtype, D and E multiples of COLUMNS.
     """
     (batch, pixels, _), (heads, _, _, out) = query.shape, values.shape
     limit, streams = _regimes(query, keys)
