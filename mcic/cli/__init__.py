@@ -10,23 +10,14 @@ from collections.abc import Callable
 from mcic import __version__
 from mcic.suggest import nearest
 
-_USAGE = """usage: mcic COMMAND …
-
-Semantic segmentation networks from images and image-level tags.
-
-commands
-  train [PRESET] [--group.field VALUE …]   train, evaluate and report: as python train.py
-  evaluate RUN                             score a run's network on a split of its data
-  report RUN                               write a run's report.html again
-
-mcic COMMAND --help says more. MCIC_DEBUG=1 shows the traceback of an error."""
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 after an error of the user's, 130 when interrupted."""
+    """Run one command; returns the exit status: its own, 2 after an error of the user's, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+        from mcic.cli.commands import usage
+
+        print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"mcic {__version__}")
@@ -34,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     return run("mcic", _dispatch, argv)
 
 
-def run(program: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
+def run(program: str, command: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Call `command(argv)` and turn how it ends into an exit status.
 
     What a user can mend (ValueError, OSError) becomes one line on stderr, `program: error: …`, and status 2.
@@ -43,7 +34,7 @@ def run(program: str, command: Callable[[list[str]], None], argv: list[str]) -> 
         if hasattr(stream, "reconfigure"):  # a terminal that lacks λ must not end a run
             stream.reconfigure(errors="replace")
     try:
-        command(argv)
+        return command(argv) or 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
@@ -54,16 +45,15 @@ def run(program: str, command: Callable[[list[str]], None], argv: list[str]) -> 
             traceback.print_exc()
         print(f"{program}: error: {_sentence(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _dispatch(argv: list[str]) -> None:
-    from mcic.cli.commands import COMMANDS
+def _dispatch(argv: list[str]) -> int | None:
+    from mcic.cli.commands import COMMANDS, load
 
     name, *rest = argv
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name!r}: expected {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
-    COMMANDS[name](rest)
+    return load(name)(rest)
 
 
 def _sentence(error: Exception) -> str:

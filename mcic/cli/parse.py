@@ -1,0 +1,60 @@
+"""What the commands share: arguments to a dataclass, paths to run folders, scores to table rows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from mcic.suggest import nearest
+
+Args = TypeVar("Args")
+
+
+def parse(kind: type[Args], argv: list[str], *, command: str) -> Args:
+    """The command line as a `kind`, a dataclass whose docstring and field docstrings are the help.
+
+    Raises:
+        ValueError: what is wrong with the command line, in one sentence.
+        SystemExit: status 0, after help.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=f"mcic {command}", args=argv)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        cause = stop.__context__
+        raise ValueError(str(cause) if isinstance(cause, ValueError) else _sentence(said.getvalue())) from None
+
+
+def _sentence(boxed: str) -> str:
+    """tyro's message without its box and the list of similar flags' help."""
+    lines = [line.strip("│ ") for line in boxed.splitlines() if not line.startswith(("╭", "╰"))]
+    text = " ".join(line for line in lines if line.strip("─"))
+    return re.sub(r"\s+", " ", text.partition("For full helptext")[0]).strip()
+
+
+def run_folder(path: Path) -> Path:
+    """`path` if it is a run folder; else a ValueError that names the nearest one beside it."""
+    if (path / "config.yaml").is_file():
+        return path
+    beside = [folder.parent.name for folder in path.parent.glob("*/config.yaml")]
+    raise ValueError(f"{path} is no run folder: expected a config.yaml in it{nearest(path.name, beside)}")
+
+
+def score_rows(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The scores, which have a slash in their name, then the IoU of every class; percent."""
+    rows = [(key, percent(value), "") for key, value in scores.items() if "/" in key]
+    for part, values in scores.get("per_class", {}).items():
+        rows += [(name, percent(value), part) for name, value in zip(scores["classes"], values, strict=True)]
+    return rows
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
