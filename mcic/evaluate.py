@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,13 @@ import torch
 from torch import Tensor
 
 from mcic import distributed
-from mcic.build import build_model, choose_device
-from mcic.checkpoint import checkpoints, load_checkpoint
-from mcic.config_io import load_config
-from mcic.data import EvalItem, build_data, build_saliency, default_workers, eval_items
+from mcic.data import EvalItem, default_workers, eval_items
 from mcic.inference import dense_protocol, pad_to_grid, to_pixels
 from mcic.metrics import ConfusionMatrix
 from mcic.model import MCIC, Augmented, Prediction
 from mcic.objective import Objective
 from mcic.pseudo import with_background
+from mcic.restore import restore_run
 
 BATCH_PIXELS = 2**18
 """images of one size are evaluated together up to this many pixels"""
@@ -148,22 +145,12 @@ def evaluate_run(run: Path, *, protocol: str | None = None, split: str = "val") 
     Raises:
         ValueError: no run folder, or one without a checkpoint.
     """
-    config = load_config(run / "config.yaml")
-    found = checkpoints(run / "checkpoints")
-    if not found:
-        raise ValueError(f"{run} holds no checkpoint yet: expected checkpoints/step-…")
-    device = choose_device(config.run.device)
-    data = build_data(config.data)
-    saliency = build_saliency(config.data.saliency, cache=config.data.cache)
-    model_config = dataclasses.replace(config.model, weights="none")  # the checkpoint has them
-    num_classes = len(data.train.classes) + 1
-    model = build_model(model_config, config.method, num_classes=num_classes, backend=config.run.backend)
-    load_checkpoint(found[-1], model=model)
-    model.to(device, memory_format=torch.channels_last)
+    restored = restore_run(run)
+    config, data, model, device = restored.config, restored.data, restored.model, restored.device
     dataset = getattr(data, split)
     if split == "train":
         dataset.subset(config.eval.mask_images or None)
-    items = eval_items(dataset, saliency, workers=default_workers(config.data.workers, dataset))
+    items = eval_items(dataset, restored.saliency, workers=default_workers(config.data.workers, dataset))
     if split == "train":
         return summarize({}, evaluate_masks(model, Objective(config.method), items, device=device), data.train.classes)
     protocol = protocol or config.eval.protocol
