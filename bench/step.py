@@ -181,7 +181,7 @@ def random_batch(config: Config, device: torch.device) -> Batch:
     tags.scatter_(1, torch.rand(tags.shape).argsort(1)[:, :2], True)
     return Batch(
         images=torch.randn(batch, 3, size, size), tags=tags, saliency=torch.rand(batch, size, size),
-        masks=torch.full((batch, size, size), 255, dtype=torch.uint8),
+        masks=None, confidence=None,
         valid=torch.ones(batch, size, size, dtype=torch.bool), indices=torch.arange(batch),
     ).to(device)  # fmt: skip
 

@@ -97,8 +97,9 @@ def load_initial(model: MCIC, path: Path) -> None:
 
 
 def save_network(
-    folder: Path, network: SegmentationNetwork, *, classes: Sequence[str], palette: Sequence[Sequence[int]]
-) -> Path:
+    folder: Path, network: SegmentationNetwork, *, classes: Sequence[str], palette: Sequence[Sequence[int]],
+    long_side: int = 0,
+) -> Path:  # fmt: skip
     """Write the test-time network: `network.safetensors` and `network.json` (how to build it, classes, palette).
 
     Args:
@@ -106,13 +107,14 @@ def save_network(
         network: backbone and segmentation head.
         classes: the L object classes; mask value i ≥ 1 is `classes[i - 1]`.
         palette: RGB 0…255 of the K mask values.
+        long_side: larger images were reduced to it in training, and should be for prediction; 0: none were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     spec = network.spec
     card = {
         "format": "mcic-network", "version": __version__, "backbone": spec.backbone, "output_stride": network.stride,
         "segmentation_head": spec.segmentation_head, "num_classes": spec.num_classes, "classes": list(classes),
-        "palette": [list(map(int, color)) for color in palette],
+        "palette": [list(map(int, color)) for color in palette], "long_side": long_side,
         "input": "RGB / 255, ImageNet mean (0.485, 0.456, 0.406) taken out, over deviation (0.229, 0.224, 0.225)",
     }  # fmt: skip
     weights, description = folder / f"{NETWORK}.safetensors", folder / f"{NETWORK}.json"

@@ -31,6 +31,10 @@ class DataConfig:
     """folder of the data set; `shapes` needs none"""
     saliency: str = "auto"
     """auto (geodesic distance to the image border) | none (background from the heatmap) | folder of maps"""
+    masks: str | None = None
+    """folder that `mcic masks` wrote: the targets of --method.supervision masks"""
+    long_side: int | None = 0
+    """images whose longer side has more pixels are reduced to it when read; 0: never; unset: from the data"""
     val_share: float = 0.2
     """share of the images held out where the data set names no val split, 0…1"""
     train_images: int | None = None
@@ -45,6 +49,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(0 < self.val_share < 1, "data.val-share", "between 0 and 1", self.val_share)
         _require(self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers)
+        _require(self.long_side is None or self.long_side >= 0, "data.long-side", "0 or more", self.long_side)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,8 +76,8 @@ class MethodConfig:
     """rule set: the paper's, or that of its published code"""
     context: Literal["bank", "self", "none"] = "bank"
     """bank: the method | self: M' from s, no bank (the control) | none: CAM masks only"""
-    supervision: Literal["tags", "full"] = "tags"
-    """tags: image labels only | full: ground-truth masks (the ceiling)"""
+    supervision: Literal["tags", "full", "masks"] = "tags"
+    """tags: image labels only | full: ground-truth masks (the ceiling) | masks: those of data.masks"""
     masks: tuple[MaskName, ...] = ("cam", "context", "merged")
     """which of M, M', M'' supervise the segmentation head (E14)"""
     cam_threshold: float = 0.1
@@ -168,10 +173,10 @@ class MethodConfig:
 class TrainConfig:
     """Optimisation and augmentation."""
 
-    epochs: int = 20
-    """passes over the training images"""
-    batch_size: int = 16
-    """images per update, over all ranks and accumulation steps"""
+    epochs: int | None = 20
+    """passes over the training images; unset: from their number"""
+    batch_size: int | None = 16
+    """images per update, over all ranks and accumulation steps; unset: what fits the memory, at most 16"""
     accumulate: int = 1
     """micro-batches per update; losses are normalised per micro-batch"""
     lr: float = 1e-3
@@ -190,16 +195,16 @@ class TrainConfig:
     """updates over which the learning rate grows linearly from 0"""
     clip_grad: float | None = None
     """largest norm of the gradient; unset: no clipping"""
-    size: int = 321
-    """side of the square training crop, pixels: a multiple of the output stride plus 1"""
+    size: int | None = 321
+    """side of the square training crop, pixels: a multiple of the output stride plus 1; unset: from the images"""
     scale: tuple[float, float] = (0.5, 1.5)
     """range of the random scale"""
     flip: bool = True
     """mirror half of the images"""
     color_jitter: float = 0.0
     """strength of random brightness, contrast and saturation, 0…1"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """arithmetic of the forward pass; weights and the bank stay fp32"""
+    precision: Literal["fp32", "bf16", "fp16"] | None = "fp32"
+    """arithmetic of the forward pass; weights and the bank stay fp32; unset: bf16 where a GPU has it"""
     compile: bool = False
     """torch.compile the network"""
     cuda_graph: bool = False
@@ -212,7 +217,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "size"):
             value = getattr(self, name)
-            _require(value >= 1, f"train.{name.replace('_', '-')}", "1 or more", value)
+            _require(value is None or value >= 1, f"train.{name.replace('_', '-')}", "1 or more", value)
         for name in ("lr", "new_layer_lr", "lr_power"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"train.{name.replace('_', '-')}", "positive", value)
@@ -222,7 +227,7 @@ class TrainConfig:
         _require(0 < self.scale[0] <= self.scale[1], "train.scale", "two positive numbers, the lower first", self.scale)
         _require(self.clip_grad is None or self.clip_grad > 0, "train.clip-grad", "positive", self.clip_grad)
         _require(
-            self.batch_size % self.accumulate == 0,
+            self.batch_size is None or self.batch_size % self.accumulate == 0,
             "train.batch-size", f"a multiple of --train.accumulate {self.accumulate}", self.batch_size,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ __all__ = [
     "resize_mask",
     "segmentation_loss",
     "spatial_mean",
+    "weighted_segmentation_loss",
 ]
 
 
@@ -77,6 +78,27 @@ def segmentation_loss(logits: Tensor, mask: Tensor, *, count: Tensor | None = No
         mask = resize_mask(mask, logits.shape[1], logits.shape[-2:])
     counts = None if count is None else count[None]
     return segmentation_losses(logits, None, mask[None], counts=counts, backend=backend)[0, 0]
+
+
+def weighted_segmentation_loss(
+    logits: Tensor, mask: Tensor, confidence: Tensor, *, total: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy over the labelled pixels, each weighted with the confidence of its label.
+
+    Args:
+        logits: [B, K, H, W].
+        mask: uint8 [B, H, W], 255 is ignore.
+        confidence: f32 [B, H, W] in 0…1.
+        total: scalar Σ confidence over the labelled pixels to divide by, e.g. that of the batch over all ranks;
+            default: this mask's own.
+
+    Returns:
+        Scalar, 0 where nothing is labelled; differentiable in the logits.
+    """
+    losses = F.cross_entropy(_at_least_f32(logits), mask.long(), ignore_index=IGNORE, reduction="none")
+    if total is None:
+        total = (confidence * (mask != IGNORE)).sum()
+    return (losses * confidence).sum() / total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def resize_mask(mask: Tensor, num_classes: int, size: tuple[int, int] | torch.Size) -> Tensor:

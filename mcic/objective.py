@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mcic import distributed
 from mcic.config import MethodConfig
-from mcic.losses import classification_loss, entropy_loss, labelled_pixels, segmentation_loss
+from mcic.losses import (
+    classification_loss,
+    entropy_loss,
+    labelled_pixels,
+    segmentation_loss,
+    weighted_segmentation_loss,
+)
 from mcic.model import MCIC, Augmented, Contexts, Prediction, feature_valid
 from mcic.ops import pseudo_masks, segmentation_losses
 from mcic.pseudo import IGNORE, context_mask, resize_like
@@ -114,6 +121,8 @@ class Objective:
             valid = torch.ones_like(valid)
         if self.method.supervision == "full":
             return self._full(prediction, batch, valid)
+        if self.method.supervision == "masks":
+            return self._given_masks(prediction, batch)
         contexts, augmented = self._context_branch(model, prediction, batch, valid)
         masks = self.masks(prediction, augmented, batch.tags, batch.saliency, valid)
         terms = {"loss/classification": self._classification(prediction, batch.tags, valid)}
@@ -170,6 +179,17 @@ class Objective:
         total = classification + self.method.segmentation_weight * segmentation
         terms = {"loss/classification": classification, "loss/segmentation": segmentation, "loss/total": total}
         return StepOutput(total, {name: term.detach() for name, term in terms.items()}, None)
+
+    def _given_masks(self, prediction: Prediction, batch: Batch) -> StepOutput:
+        """Masks from elsewhere, at the pixels of the crop, weighted with their confidence: L_seg(s, ·) alone."""
+        size, masks = batch.images.shape[-2:], batch.masks
+        logits = F.interpolate(prediction.logits.float(), size=size, mode="bilinear", align_corners=True)
+        confidence = batch.confidence * (masks != IGNORE)
+        total = distributed.sum_(confidence.sum())
+        loss = weighted_segmentation_loss(logits, masks, confidence, total=total)
+        coverage = self._shared(labelled_pixels(masks) / masks.numel() * 100)
+        terms = {"loss/segmentation": loss.detach(), "loss/total": loss.detach(), "coverage/given": coverage}
+        return StepOutput(loss, terms, None)
 
     def _figures(
         self, prediction: Prediction, augmented: Augmented | None, masks: Masks, model: MCIC

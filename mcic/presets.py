@@ -57,9 +57,11 @@ def _folder() -> Config:
     """your own photographs and tags, with EfficientNet-Lite0: works on a CPU"""
     return Config(
         preset="folder",
-        data=DataConfig(name="folder"),
+        data=DataConfig(name="folder", long_side=None),
         model=ModelConfig(backbone="efficientnet_lite0", weights="imagenet"),
-        train=TrainConfig(epochs=12, batch_size=8, lr=0.002, new_layer_lr=1.0, warmup_steps=20, size=225),
+        train=TrainConfig(
+            epochs=None, batch_size=None, lr=0.002, new_layer_lr=1.0, warmup_steps=20, size=None, precision=None
+        ),
     )
 
 

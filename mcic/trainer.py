@@ -16,8 +16,19 @@ from mcic import distributed
 from mcic.build import PRECISIONS, build_model, choose_device, peak_memory, seed_everything
 from mcic.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint, save_network
 from mcic.config import Config
-from mcic.config_io import save_config
-from mcic.data import Batch, TrainLoader, build_data, build_saliency, default_workers, eval_items
+from mcic.config_io import load_config, save_config
+from mcic.data import (
+    Batch,
+    GroundTruth,
+    SavedMasks,
+    Targets,
+    TrainLoader,
+    build_data,
+    build_saliency,
+    default_workers,
+    eval_items,
+)
+from mcic.defaults import fill_unset, settle
 from mcic.evaluate import evaluate_masks, evaluate_network, share_of_rank, summarize
 from mcic.log import RunLog, environment
 from mcic.measures import summary_rows
@@ -52,6 +63,7 @@ class Trainer:
             return
         seed_everything(config)
         self.data = build_data(config.data)
+        self.config = config = self._settled()
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
         self.loader = self._build_loader()
         num_classes = len(self.data.train.classes) + 1
@@ -191,10 +203,18 @@ class Trainer:
             "images_per_second": round(self.step * config.train.batch_size / max(self.seconds, 1e-9), 2),
             "backend": describe_backends(config.run.backend, self.device),
             "device": str(self.device),
-            "ground_truth_used_for_training": config.method.supervision == "full",
+            "supervision": config.method.supervision,
+            "ground_truth_used": self._ground_truth_used(),
         }
         log.evaluation(self.step, config.train.epochs - 1, {k: v for k, v in summary.items() if "/" in k})
         return summary
+
+    def _ground_truth_used(self) -> bool:
+        """Whether masks drawn by people trained this network or chose a threshold on the way."""
+        targets = self._targets()
+        if isinstance(targets, SavedMasks):
+            return bool(targets.manifest.get("ground_truth_used"))
+        return targets is not None
 
     def _evaluate_network(self) -> dict:
         items = self._items(self.data.val)
@@ -229,12 +249,31 @@ class Trainer:
         distributed.barrier()  # every rank has looked before the first one writes
         return folder
 
+    def _settled(self) -> Config:
+        """The configuration with what it leaves to data and machine; a run that goes on keeps what it had."""
+        config, stored = self.config, self.folder / "config.yaml"
+        if config.run.resume == "auto" and stored.is_file():
+            config = fill_unset(config, load_config(stored))
+        config = settle(config, self.data.train, self.device)
+        self.data.train.long_side = self.data.val.long_side = config.data.long_side
+        return config
+
+    def _targets(self) -> Targets | None:
+        """The masks that supervise, where tags do not."""
+        if self.config.method.supervision == "tags":
+            return None
+        if self.config.method.supervision == "full":
+            return GroundTruth()
+        if self.config.data.masks is None:
+            raise ValueError("--method.supervision masks needs --data.masks, the folder that `mcic masks` wrote")
+        return SavedMasks(Path(self.config.data.masks), self.data.train.classes)
+
     def _build_loader(self) -> TrainLoader:
         train, data = self.config.train, self.config.data
         return TrainLoader(
             self.data.train, self.saliency, size=train.size, scale=train.scale, flip=train.flip,
             color_jitter=train.color_jitter, batch_size=train.batch_size, seed=train.seed,
-            workers=default_workers(data.workers, self.data.train),
+            workers=default_workers(data.workers, self.data.train), targets=self._targets(),
             rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
 
@@ -284,8 +323,9 @@ class Trainer:
     def _save_network(self) -> None:
         train = self.data.train
         save_network(
-            self.folder / "checkpoints", self.model.network, classes=train.classes, palette=train.palette.tolist()
-        )
+            self.folder / "checkpoints", self.model.network, classes=train.classes, palette=train.palette.tolist(),
+            long_side=train.long_side,
+        )  # fmt: skip
 
     def _opening_line(self) -> str:
         data, config = self.data, self.config

@@ -1,11 +1,14 @@
 """Order, shares and determinism of the loaders."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from trees import scene
 
-from mcic.data import EvalItem, TrainLoader, default_workers, eval_items
+from mcic.data import EvalItem, GroundTruth, SavedMasks, TrainLoader, default_workers, eval_items
 from mcic.data.base import Dataset
 from mcic.data.palette import voc_palette
 
@@ -39,12 +42,13 @@ def brightness(dataset, index, image):
 
 def loader(count=11, *, dataset=None, saliency=brightness, **changes):
     arguments = {"size": 32, "scale": (0.5, 1.5), "flip": True, "color_jitter": 0.2, "batch_size": 4, "seed": 0,
-                 "workers": 0} | changes  # fmt: skip
+                 "workers": 0, "targets": GroundTruth()} | changes  # fmt: skip
     return TrainLoader(dataset or Scenes(count), saliency, **arguments)
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in a.__slots__)
+    pairs = [(getattr(a, name), getattr(b, name)) for name in a.__slots__]
+    return all(one is two if one is None or two is None else torch.equal(one, two) for one, two in pairs)
 
 
 def test_batches_have_the_promised_shapes():
@@ -88,7 +92,7 @@ def test_a_run_that_stopped_within_an_epoch_leaves_no_trace():
 def test_the_ranks_tile_the_global_batch(world_size):
     ranks = [list(loader(rank=rank, world_size=world_size).epoch(1)) for rank in range(world_size)]
     for step, whole in enumerate(loader().epoch(1)):
-        for name in whole.__slots__:
+        for name in set(whole.__slots__) - {"confidence"}:
             assert torch.equal(getattr(whole, name), torch.cat([getattr(batches[step], name) for batches in ranks]))
 
 
@@ -164,3 +168,72 @@ def test_default_workers(tmp_path):
     assert default_workers(3, data) == 3
     data.path = lambda index: tmp_path
     assert 0 <= default_workers(None, data) <= 8
+
+
+def test_where_tags_supervise_no_mask_is_read():
+    data = Scenes(8)
+    data.mask = None
+    (first, _) = loader(dataset=data, targets=None).epoch(0)
+    assert first.masks is None
+    assert first.confidence is None
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Masks as `mcic masks` leaves them: label 1 left of the middle, 255 right of it, confidence grows with the row."""
+    for part in ("labels", "confidence"):
+        (tmp_path / part).mkdir()
+    for index, name in enumerate(Scenes(6).ids):
+        height, width = 40 + index, 50
+        labels = np.where(np.arange(width) < 25, 1, 255).astype(np.uint8)
+        Image.fromarray(np.tile(labels, (height, 1))).save(tmp_path / "labels" / f"{name}.png")
+        rows = np.linspace(0, 255, height).round().astype(np.uint8)
+        Image.fromarray(np.tile(rows[:, None], (1, width))).save(tmp_path / "confidence" / f"{name}.png")
+    (tmp_path / "masks.json").write_text(json.dumps({"classes": ["background", "a", "b", "c"]}))
+    return tmp_path
+
+
+class TestSavedMasks:
+    def test_labels_and_confidence_go_through_the_same_crop(self, saved):
+        targets = SavedMasks(saved, Scenes.classes)
+        changes = {"size": 64, "scale": (1, 1), "flip": False, "color_jitter": 0}
+        (batch,) = loader(6, targets=targets, **changes).epoch(0)
+        for labels, confidence, valid, index in zip(
+            batch.masks, batch.confidence, batch.valid, batch.indices.tolist(), strict=True
+        ):
+            height = 40 + index
+            inside = labels[valid].view(height, 50)
+            assert (inside[:, :25] == 1).all()
+            assert (inside[:, 25:] == 255).all()
+            expected = torch.linspace(0, 255, height).round()[:, None].expand(height, 50) / 255
+            assert torch.allclose(confidence[valid].view(height, 50), expected, atol=1e-6)
+            assert (labels[~valid] == 255).all()
+            assert (confidence[~valid] == 0).all()
+
+    def test_unfinished_masks_are_refused(self, saved):
+        (saved / "masks.json").unlink()
+        with pytest.raises(ValueError, match=r"no finished masks.*mcic masks"):
+            SavedMasks(saved, Scenes.classes)
+
+    def test_masks_of_other_classes_are_refused(self, saved):
+        with pytest.raises(ValueError, match="of the classes a, b, c, the data of a, b"):
+            SavedMasks(saved, ("a", "b"))
+
+    def test_a_missing_mask_is_named(self, saved):
+        (saved / "labels" / "scene_3.png").unlink()
+        with pytest.raises(ValueError, match=r"scene_3\.png is missing"):
+            list(loader(6, targets=SavedMasks(saved, Scenes.classes), batch_size=6).epoch(0))
+
+
+def test_large_images_are_reduced_with_all_that_belongs_to_them():
+    data = Scenes(6)
+    data.long_side = 25
+    items = list(eval_items(data, brightness))
+    assert [item.full_size for item in items] == [(40 + index, 50) for index in range(6)]
+    for index, item in enumerate(items):
+        height = round((40 + index) / 2)
+        assert item.image.shape == (3, height, 25)
+        assert item.saliency.shape == (height, 25)
+        assert item.mask is None or item.mask.shape == (height, 25)
+    data.long_side = 60
+    assert all(item.image.shape[1:] == item.full_size for item in eval_items(data, None))

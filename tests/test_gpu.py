@@ -153,7 +153,7 @@ def training(backend="auto", dtype=BF16):
     tags = torch.rand(4, 5, device="cuda") < 0.4
     batch = Batch(
         torch.randn(4, 3, 97, 97, device="cuda").to(memory_format=torch.channels_last),
-        tags, torch.rand(4, 97, 97, device="cuda"), torch.full((4, 97, 97), 255, dtype=torch.uint8, device="cuda"),
+        tags, torch.rand(4, 97, 97, device="cuda"), None, None,
         torch.ones(4, 97, 97, dtype=torch.bool, device="cuda"), torch.arange(4, device="cuda"),
     )  # fmt: skip
     return model, update, batch, torch.full((), 0.7, device="cuda")

@@ -33,6 +33,7 @@ def make_batch(tags=((1, 0, 0), (1, 1, 0)), *, saliency=True):
         tags=torch.tensor(tags, dtype=torch.bool),
         saliency=torch.rand(len(tags), SIZE, SIZE) if saliency else None,
         masks=torch.randint(0, L + 1, (len(tags), SIZE, SIZE), dtype=torch.uint8),
+        confidence=None,
         valid=torch.ones(len(tags), SIZE, SIZE, dtype=torch.bool),
         indices=torch.arange(len(tags)) + 10,
     )

@@ -31,14 +31,18 @@ def parse_train(argv: list[str], *, program: str = "train.py") -> Config:
     """
     named = bool(argv) and not argv[0].startswith("-")
     config = preset(argv[0] if named else DEFAULT)
-    rest = argv[1:] if named else argv
+    return parse_flags(argv[1:] if named else argv, config, program=program)
+
+
+def parse_flags(argv: list[str], config: Config, *, program: str) -> Config:
+    """`config`, changed by `--group.field VALUE …`; help and errors as `parse_train`."""
     for word in _HELP:
-        if word in rest:
-            print_help(program, config, _help_group(rest[rest.index(word) + 1 :]))
+        if word in argv:
+            print_help(program, config, _help_group(argv[argv.index(word) + 1 :]))
             raise SystemExit(0)
-    for flag, words in _by_flag(rest):
+    for flag, words in _by_flag(argv):
         _check(flag, words)
-    return _parse(rest, config, program)
+    return _parse(argv, config, program)
 
 
 def _help_group(following: list[str]) -> str | None:

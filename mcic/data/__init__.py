@@ -9,14 +9,18 @@ from mcic.data import coco, folder, voc
 from mcic.data.base import IGNORE, Batch, Dataset, Splits
 from mcic.data.loader import EvalItem, TrainLoader, default_workers, eval_items
 from mcic.data.saliency import SaliencySource, build_saliency
+from mcic.data.targets import GroundTruth, SavedMasks, Targets
 
 __all__ = [
     "IGNORE",
     "Batch",
     "Dataset",
     "EvalItem",
+    "GroundTruth",
     "SaliencySource",
+    "SavedMasks",
     "Splits",
+    "Targets",
     "TrainLoader",
     "build_data",
     "build_saliency",
@@ -40,8 +44,9 @@ def build_data(config: DataConfig) -> Splits:
     if config.name == "shapes":
         return _shapes(config)
     splits = _read(config)
-    splits.train.subset(config.train_images)
-    splits.val.subset(config.val_images)
+    for part, count in ((splits.train, config.train_images), (splits.val, config.val_images)):
+        part.subset(count)
+        part.long_side = config.long_side or 0
     return splits
 
 

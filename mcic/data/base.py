@@ -26,6 +26,7 @@ class Dataset(ABC):
         palette: uint8 [L + 1, 3], RGB of every mask value.
         ids: one unique, file-name-like string per image.
         tags: bool [len(self), L].
+        long_side: loaders reduce larger images, their masks with them, to it; 0: none.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Dataset(ABC):
     palette: np.ndarray
     ids: list[str]
     tags: np.ndarray
+    long_side: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,7 +80,8 @@ class Batch:
         images: f32 [B, 3, H, W], ImageNet mean and deviation taken out.
         tags: bool [B, L].
         saliency: f32 [B, H, W] in 0…1, 1 salient, or None.
-        masks: uint8 [B, H, W] ground truth, all 255 where there is none.
+        masks: uint8 [B, H, W] to be trained with, 255 where there is none; None where tags supervise.
+        confidence: f32 [B, H, W] in 0…1 of these masks, or None.
         valid: bool [B, H, W], False where the crop padded.
         indices: int64 [B], the images' places in the data set.
     """
@@ -86,7 +89,8 @@ class Batch:
     images: Tensor
     tags: Tensor
     saliency: Tensor | None
-    masks: Tensor
+    masks: Tensor | None
+    confidence: Tensor | None
     valid: Tensor
     indices: Tensor
 

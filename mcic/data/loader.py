@@ -20,7 +20,8 @@ from torch.utils.data import Dataset as TorchDataset
 from mcic.data.base import IGNORE, Batch, Dataset
 from mcic.data.images import normalize
 from mcic.data.saliency import SaliencySource
-from mcic.data.transforms import Augment
+from mcic.data.targets import GroundTruth, Targets
+from mcic.data.transforms import BILINEAR, NEAREST, Augment, reduced
 
 
 def default_workers(requested: int | None, dataset: Dataset) -> int:
@@ -48,6 +49,7 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         workers: int,
+        targets: Targets | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -59,6 +61,7 @@ class TrainLoader:
             batch_size: images per step, over all ranks.
             seed: of the order and of the augmentation, 0 or more.
             workers: loader processes; 0 loads in this one.
+            targets: the masks to train with; None where tags supervise: then no mask is read.
             rank, world_size: which share of every batch is this process's.
 
         Raises:
@@ -77,7 +80,7 @@ class TrainLoader:
         augment = Augment(size=size, scale=scale, flip=flip, color_jitter=color_jitter, seed=seed)
         share = batch_size // world_size
         self._order = _Order(len(dataset), self.steps, batch_size, slice(rank * share, (rank + 1) * share), seed)
-        self._batches = _loader(_TrainBatches(dataset, saliency, augment), self._order, workers)
+        self._batches = _loader(_TrainBatches(_Reader(dataset, saliency, targets), augment), self._order, workers)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from step `start` on; the steps before it cost nothing.
@@ -113,33 +116,42 @@ class _Order(Sampler[tuple[int, np.ndarray]]):
 class _TrainBatches(TorchDataset[Any]):
     """The fields of a `Batch` as a tuple, which PyTorch knows how to pin."""
 
-    def __init__(self, dataset: Dataset, saliency: SaliencySource | None, augment: Augment) -> None:
-        self.dataset, self.saliency, self.augment = dataset, saliency, augment
+    def __init__(self, reader: _Reader, augment: Augment) -> None:
+        self.reader, self.augment = reader, augment
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Tensor | None, ...] | _Mistake:
         epoch, indices = key
+        samples, reader = [], self.reader
         try:
-            samples = [
-                self.augment(*_read(self.dataset, self.saliency, int(i)), epoch=epoch, index=int(i)) for i in indices
-            ]
+            for index in map(int, indices):
+                photo = reader(index)
+                layers = (photo.image, photo.saliency, photo.mask, photo.confidence)
+                samples.append(self.augment(*layers, epoch=epoch, index=index))
         except ValueError as error:
             return _Mistake(str(error))
+
+        def stacked(name: str) -> Tensor | None:
+            tensors = [getattr(sample, name) for sample in samples]
+            return None if tensors[0] is None else torch.stack(tensors)
+
         return (
-            torch.stack([sample.image for sample in samples]),
-            torch.from_numpy(self.dataset.tags[indices]),
-            None if self.saliency is None else torch.stack([sample.saliency for sample in samples]),
-            torch.stack([sample.mask for sample in samples]),
-            torch.stack([sample.valid for sample in samples]),
+            stacked("image"),
+            torch.from_numpy(reader.dataset.tags[indices]),
+            stacked("saliency"),
+            None if reader.targets is None else stacked("mask"),
+            stacked("confidence"),
+            stacked("valid"),
             torch.from_numpy(indices.astype(np.int64)),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class EvalItem:
-    """One image as it is, for evaluation.
+    """One image without augmentation, for evaluation.
 
     Attributes:
         index: its place in the data set.
+        full_size: (height, width) of the image before it was reduced.
         image: f32 [3, H, W], normalised.
         pixels: uint8 [H, W, 3] RGB.
         tags: bool [L].
@@ -148,6 +160,7 @@ class EvalItem:
     """
 
     index: int
+    full_size: tuple[int, int]
     image: Tensor
     pixels: np.ndarray
     tags: Tensor
@@ -158,48 +171,78 @@ class EvalItem:
 def eval_items(
     dataset: Dataset, saliency: SaliencySource | None, *, indices: Sequence[int] | None = None, workers: int = 0
 ) -> Iterator[EvalItem]:
-    """The images `indices` (all when None) in that order, each at its full size.
+    """The images `indices` (all when None) in that order, whole but reduced to `dataset.long_side`, with ground truth.
+
+    Args:
+        dataset, saliency: as for `TrainLoader`.
+        indices: places in the data set.
+        workers: loader processes; 0 loads in this one.
 
     Raises:
         ValueError: an image, mask or saliency map cannot be read.
     """
     chosen = range(len(dataset)) if indices is None else [int(index) for index in indices]
-    for item in _loader(_EvalItems(dataset, saliency), chosen, workers, keep_workers=False):
+    items = _EvalItems(_Reader(dataset, saliency, GroundTruth()))
+    for item in _loader(items, chosen, workers, keep_workers=False):
         yield _checked(item)
 
 
 class _EvalItems(TorchDataset[Any]):
-    def __init__(self, dataset: Dataset, saliency: SaliencySource | None) -> None:
-        self.dataset, self.saliency = dataset, saliency
+    def __init__(self, reader: _Reader) -> None:
+        self.reader = reader
 
     def __getitem__(self, index: int) -> EvalItem | _Mistake:
         try:
-            pixels, saliency, mask = _read(self.dataset, self.saliency, index)
+            photo = self.reader(index)
         except ValueError as error:
             return _Mistake(str(error))
         return EvalItem(
             index=index,
-            image=normalize(pixels),
-            pixels=pixels,
-            tags=torch.from_numpy(self.dataset.tags[index].copy()),
-            saliency=None if saliency is None else torch.from_numpy(saliency),
-            mask=None if mask is None else torch.from_numpy(mask),
+            full_size=photo.full_size,
+            image=normalize(photo.image),
+            pixels=photo.image,
+            tags=torch.from_numpy(self.reader.dataset.tags[index].copy()),
+            saliency=None if photo.saliency is None else torch.from_numpy(photo.saliency),
+            mask=None if photo.mask is None else torch.from_numpy(photo.mask),
         )
 
 
-def _read(
-    dataset: Dataset, saliency: SaliencySource | None, index: int
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """An image with its saliency map and its mask, after checking that the mask belongs to it."""
-    image, mask = dataset.image(index), dataset.mask(index)
-    if mask is not None:
-        where = f"the mask of image {dataset.ids[index]} ({dataset.name})"
+@dataclass(frozen=True, slots=True)
+class _Photo:
+    """An image uint8 [H, W, 3] and what belongs to it: saliency f32, mask uint8 and confidence f32 [H, W], or None."""
+
+    full_size: tuple[int, int]
+    image: np.ndarray
+    saliency: np.ndarray | None
+    mask: np.ndarray | None
+    confidence: np.ndarray | None
+
+
+class _Reader:
+    """Reads an image with all that belongs to it, checks that it does, and reduces it to the data set's size."""
+
+    def __init__(self, dataset: Dataset, saliency: SaliencySource | None, targets: Targets | None) -> None:
+        self.dataset, self.saliency, self.targets = dataset, saliency, targets
+
+    def __call__(self, index: int) -> _Photo:
+        image, long_side = self.dataset.image(index), self.dataset.long_side
+        mask, confidence = (None, None) if self.targets is None else self.targets(self.dataset, index)
+        if mask is not None:
+            self._check(mask, image, index)
+            mask = reduced(mask, long_side, NEAREST)
+        if confidence is not None:
+            confidence = reduced(confidence, long_side, BILINEAR)
+        full_size, image = image.shape[:2], reduced(image, long_side, BILINEAR)
+        saliency = None if self.saliency is None else self.saliency(self.dataset, index, image)
+        return _Photo(full_size, image, saliency, mask, confidence)
+
+    def _check(self, mask: np.ndarray, image: np.ndarray, index: int) -> None:
+        where = f"the mask of image {self.dataset.ids[index]} ({self.dataset.name})"
         if mask.shape != image.shape[:2]:
             raise ValueError(f"{where} is {_size(mask)} pixels, its image {_size(image)}: they must be of one size")
-        largest = int(mask.max(where=mask != IGNORE, initial=0))
-        if largest > len(dataset.classes):
-            raise ValueError(f"{where} has the value {largest}: expected 0…{len(dataset.classes)} or {IGNORE} (ignore)")
-    return image, None if saliency is None else saliency(dataset, index, image), mask
+        largest, classes = int(mask.max(where=mask != IGNORE, initial=0)), len(self.dataset.classes)
+        if largest > classes:
+            raise ValueError(f"{where} has the value {largest}: expected 0…{classes} or {IGNORE} (ignore)")
 
 
 def _size(array: np.ndarray) -> str:

@@ -23,12 +23,14 @@ class Sample:
         image: f32 [3, S, S], normalised; 0, the mean colour, in the padding.
         saliency: f32 [S, S] in 0…1, or None; 1 in the padding, where the authors' rule reads "salient".
         mask: uint8 [S, S]; 255 in the padding, and everywhere where there is none.
+        confidence: f32 [S, S] of the mask, 0 in the padding, or None.
         valid: bool [S, S], False in the padding.
     """
 
     image: Tensor
     saliency: Tensor | None
     mask: Tensor
+    confidence: Tensor | None
     valid: Tensor
 
 
@@ -64,9 +66,10 @@ class Augment:
     seed: int
 
     def __call__(
-        self, image: np.ndarray, saliency: np.ndarray | None, mask: np.ndarray | None, *, epoch: int, index: int
-    ) -> Sample:
-        """Transform uint8 [H, W, 3], f32 [H, W] or None, and uint8 [H, W] or None."""
+        self, image: np.ndarray, saliency: np.ndarray | None, mask: np.ndarray | None,
+        confidence: np.ndarray | None = None, *, epoch: int, index: int,
+    ) -> Sample:  # fmt: skip
+        """Transform uint8 [H, W, 3], f32 [H, W] or None, uint8 [H, W] or None, and f32 [H, W] or None."""
         random = np.random.default_rng([self.seed, epoch, index])
         factor = random.uniform(*self.scale)
         rows = _window(image.shape[0], factor, self.size, random)
@@ -85,6 +88,7 @@ class Augment:
             image=self._image(_resized(image, rows, columns, BILINEAR), rows, columns, mirrored, random),
             saliency=None if saliency is None else placed(saliency, 1.0, BILINEAR),
             mask=ignored if mask is None else placed(mask, IGNORE, NEAREST),
+            confidence=None if confidence is None else placed(confidence, 0.0, BILINEAR),
             valid=_tensor(valid, mirrored),
         )
 
@@ -96,6 +100,16 @@ class Augment:
         canvas = torch.zeros(3, self.size, self.size)
         canvas[:, rows.crop, columns.crop] = normalize(np.asarray(pixels))
         return canvas.flip(2) if mirrored else canvas
+
+
+def reduced(array: np.ndarray, long_side: int, how: Image.Resampling) -> np.ndarray:
+    """[H, W] or uint8 [H, W, 3] with its longer side brought down to `long_side` pixels; 0: as it is."""
+    height, width = array.shape[:2]
+    if not 0 < long_side < max(height, width):
+        return array
+    factor = long_side / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return np.array(Image.fromarray(array).resize(size, how))
 
 
 def _window(length: int, factor: float, size: int, random: np.random.Generator) -> _Window:
