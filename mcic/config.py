@@ -33,6 +33,8 @@ class DataConfig:
     """auto (geodesic distance to the image border) | none (background from the heatmap) | folder of maps"""
     masks: str | None = None
     """folder that `mcic masks` wrote: the targets of --method.supervision masks"""
+    calibration: str | None = None
+    """run or file of `mcic calibrate` whose threshold replaces that of the method"""
     long_side: int | None = 0
     """images whose longer side has more pixels are reduced to it when read; 0: never; unset: from the data"""
     val_share: float = 0.2

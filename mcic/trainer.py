@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mcic import distributed
 from mcic.build import PRECISIONS, build_model, choose_device, peak_memory, seed_everything
+from mcic.calibrate import apply_calibration, read_calibration
 from mcic.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint, save_network
 from mcic.config import Config
 from mcic.config_io import load_config, save_config
@@ -211,7 +212,9 @@ class Trainer:
 
     def _ground_truth_used(self) -> bool:
         """Whether masks drawn by people trained this network or chose a threshold on the way."""
-        targets = self._targets()
+        targets, calibration = self._targets(), self.config.data.calibration
+        if calibration is not None and read_calibration(Path(calibration))["ground_truth_used"]:
+            return True
         if isinstance(targets, SavedMasks):
             return bool(targets.manifest.get("ground_truth_used"))
         return targets is not None
@@ -254,7 +257,7 @@ class Trainer:
         config, stored = self.config, self.folder / "config.yaml"
         if config.run.resume == "auto" and stored.is_file():
             config = fill_unset(config, load_config(stored))
-        config = settle(config, self.data.train, self.device)
+        config = apply_calibration(settle(config, self.data.train, self.device))
         self.data.train.long_side = self.data.val.long_side = config.data.long_side
         return config
 

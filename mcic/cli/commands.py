@@ -11,6 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("[PRESET] [--group.field VALUE …]", "train, evaluate and report: as python train.py"),
     "evaluate": ("RUN", "score a run's network on a split of its data"),
+    "calibrate": ("RUN [--masks DIR]", "choose the CAM mask's threshold, without masks or with a few"),
     "retrain": ("RUN [--group.field VALUE …]", "train a plain network on the masks of mcic masks RUN"),
     "report": ("RUN", "write a run's report.html again"),
 }

@@ -1,0 +1,199 @@
+"""Choosing the CAM mask's threshold for one's own images: without any mask, or with a few annotated ones.
+
+Without masks the criterion is how much a mask says about the colours of its image: the mutual information between
+labels and quantised colours, normalised by the entropies of both (Strehl and Ghosh, "Cluster ensembles", JMLR 2002).
+A mask that is too large mixes object and surroundings, one that is too small leaves object colours outside, and a mask
+without structure says nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mcic.config import Config, MethodConfig
+from mcic.data import EvalItem, default_workers, eval_items
+from mcic.data.base import IGNORE
+from mcic.data.images import read_mask
+from mcic.evaluate import at_pixels
+from mcic.metrics import ConfusionMatrix
+from mcic.pseudo import cam_mask
+from mcic.restore import RestoredRun, restore_run
+
+FILE = "calibration.json"
+POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+"""α of the background row that are compared"""
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+"""T_a that are compared where the background row is the authors', which has no α"""
+NUM_IMAGES = 200
+"""training images that are looked at"""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was compared and chosen.
+
+    Attributes:
+        field: of `MethodConfig`, `background_power` or `cam_threshold`.
+        current: the run's value.
+        chosen: the value with the best score.
+        scores: value → score: mIoU in percent of the annotated images, else mean information 0…1.
+        ground_truth_used: whether annotated masks made the choice.
+        num_images: that were looked at.
+    """
+
+    field: str
+    current: float
+    chosen: float
+    scores: dict[float, float]
+    ground_truth_used: bool
+    num_images: int
+
+
+def color_information(labels: np.ndarray, pixels: np.ndarray) -> float:
+    """Normalised mutual information between a mask and the colours of its image, 0…1.
+
+    Args:
+        labels: uint8 [H, W]; 255 (ignore) counts as background.
+        pixels: uint8 [H, W, 3]; each channel is quantised to 8 levels.
+    """
+    bins = (pixels // 32).astype(np.int64) @ np.array([64, 8, 1])
+    _, labels = np.unique(np.where(labels == IGNORE, 0, labels), return_inverse=True)
+    labels = labels.reshape(bins.shape)
+    joint = np.bincount((labels * 512 + bins).ravel(), minlength=(labels.max() + 1) * 512).reshape(-1, 512) / bins.size
+    of_labels, of_colors = _entropy(joint.sum(1)), _entropy(joint.sum(0))
+    if of_labels == 0 or of_colors == 0:
+        return 0.0
+    return float((of_labels + of_colors - _entropy(joint)) / np.sqrt(of_labels * of_colors))
+
+
+def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = None) -> Calibration:
+    """Compare values of the CAM mask's threshold on the training images of a run, and keep the best one.
+
+    Args:
+        folder: of a run; `calibration.json` is written there.
+        masks: folder of index PNGs named by image id, of as many training images as there are; None: no ground truth.
+        device: as `run.device`; None: the run's own.
+
+    Raises:
+        ValueError: no run, no mask that fits a training image, or masks that are not index masks of these classes.
+    """
+    run = restore_run(folder, device=device)
+    method = run.config.method
+    field, values = (
+        ("cam_threshold", THRESHOLDS) if method.cam_background == "authors" else ("background_power", POWERS)
+    )
+    annotated = None if masks is None else _annotated(masks, run.data.train.ids)
+    count = len(run.data.train)
+    evenly = np.linspace(0, count - 1, min(NUM_IMAGES, count)).round().astype(int)
+    indices = evenly if annotated is None else list(annotated)
+    confusion = {value: ConfusionMatrix(len(run.data.train.classes) + 1) for value in values}
+    information: dict[float, list[float]] = {value: [] for value in values}
+    for item, labels in _masks(run, indices, field, values):
+        for value, mask in labels.items():
+            if annotated is None:
+                information[value].append(color_information(mask, item.pixels))
+            else:
+                truth = _truth(annotated[item.index], mask.shape, len(run.data.train.classes))
+                confusion[value].update(torch.from_numpy(mask), torch.from_numpy(truth))
+    if annotated is None:
+        scores = {value: float(np.mean(information[value])) for value in values}
+    else:
+        scores = {value: confusion[value].miou() or 0.0 for value in values}
+    chosen = max(scores, key=scores.__getitem__)
+    result = Calibration(field, getattr(method, field), chosen, scores, annotated is not None, len(indices))
+    partial = folder / f".{FILE}.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    os.replace(partial, folder / FILE)
+    return result
+
+
+def apply_calibration(config: Config) -> Config:
+    """The configuration with the threshold of its `data.calibration`, if it names one.
+
+    Raises:
+        ValueError: the file is not there or not what `calibrate` wrote.
+    """
+    if config.data.calibration is None:
+        return config
+    stored = read_calibration(Path(config.data.calibration))
+    return dataclasses.replace(config, method=_with(config.method, stored["field"], stored["chosen"]))
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    """The entries of `Calibration` as they were stored; `path` is the file or a run that has it."""
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"--data.calibration {path} is not there: mcic calibrate RUN writes it")
+    try:
+        stored = json.loads(path.read_text())
+        if stored["field"] in ("background_power", "cam_threshold") and isinstance(stored["chosen"], float):
+            return stored
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"--data.calibration {path} is not a file that mcic calibrate wrote")
+
+
+def _with(method: MethodConfig, field: str, value: float) -> MethodConfig:
+    return dataclasses.replace(method, **{field: value})
+
+
+@torch.no_grad()
+def _masks(
+    run: RestoredRun, indices: Any, field: str, values: tuple[float, ...]
+) -> Iterator[tuple[EvalItem, dict[float, np.ndarray]]]:
+    """Every image with its CAM mask, uint8 [H, W], for every value of the field."""
+    train = run.data.train
+    for item in eval_items(
+        train, run.saliency, indices=indices, workers=default_workers(run.config.data.workers, train)
+    ):
+        tags = item.tags[None].to(run.device)
+        heatmap = at_pixels(run.model, item.image[None].to(run.device), tags).prediction.heatmap
+        saliency = None if item.saliency is None else item.saliency[None].to(run.device)
+        found = {}
+        for value in values:
+            method = _with(run.config.method, field, value)
+            mask = cam_mask(
+                heatmap, tags, saliency, threshold=method.cam_threshold, rules=method.cam_background,
+                background_power=method.background_power,
+            )  # fmt: skip
+            found[value] = mask[0].cpu().numpy()
+        yield item, found
+
+
+def _annotated(folder: Path, ids: list[str]) -> dict[int, Path]:
+    """Place of a training image → its mask's file."""
+    if not folder.is_dir():
+        raise ValueError(f"--masks {folder} is no folder: expected index PNGs named by image id")
+    files = {path.stem: path for path in sorted(folder.rglob("*.png"))}
+    found = {index: files[name] for index, name in enumerate(ids) if name in files}
+    if not found:
+        raise ValueError(f"--masks {folder} has no mask of a training image: expected names like {ids[0]}.png")
+    return found
+
+
+def _truth(path: Path, shape: tuple[int, ...], num_classes: int) -> np.ndarray:
+    """The annotated mask at the size at which the image was read."""
+    from mcic.data.transforms import NEAREST, reduced
+
+    mask = reduced(read_mask(path), max(shape), NEAREST)
+    if mask.shape != shape:
+        raise ValueError(f"{path} is {mask.shape[1]}×{mask.shape[0]}, its image {shape[1]}×{shape[0]}")
+    largest = int(mask.max(where=mask != IGNORE, initial=0))
+    if largest > num_classes:
+        raise ValueError(f"{path} has the value {largest}: expected 0…{num_classes} or {IGNORE} (ignore)")
+    return mask
+
+
+def _entropy(shares: np.ndarray) -> float:
+    """In nats."""
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,46 @@
+"""`mcic calibrate RUN`: choose the CAM mask's threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mcic.cli.parse import parse, run_folder
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibrateArgs:
+    """Choose the CAM mask's threshold for a run's images; without --masks no ground truth is looked at."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """the run's folder; calibration.json is written there"""
+    masks: Path | None = None
+    """folder of index PNGs, named by image id, of a few annotated training images: they choose instead"""
+    device: str | None = None
+    """auto | cpu | cuda | cuda:N; None: as the run"""
+
+
+def main(argv: list[str]) -> None:
+    """Print the score of every value, and how to train with the best one."""
+    args = parse(CalibrateArgs, argv, command="calibrate")
+    run = run_folder(args.run)
+    from mcic.calibrate import FILE, calibrate
+    from mcic.log import print_table, setup_logging
+
+    setup_logging()
+    result = calibrate(run, masks=args.masks, device=args.device)
+    flag = f"--method.{result.field.replace('_', '-')}"
+    unit = "mIoU of the annotated images" if result.ground_truth_used else "information about the colours, 0 to 1"
+    notes = {result.current: "this run's"} | {result.chosen: "best"}
+    rows = [
+        (f"{flag} {value:g}", f"{score:.1f}" if result.ground_truth_used else f"{score:.4f}", notes.get(value, ""))
+        for value, score in result.scores.items()
+    ]
+    print_table(f"{unit}, {result.num_images} images", rows)
+    if result.chosen == result.current:
+        print("The run has the best value already.")
+    else:
+        print(f"To train with it: --data.calibration {run / FILE}")
