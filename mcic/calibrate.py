@@ -1,9 +1,8 @@
 """Choosing the CAM mask's threshold for one's own images: without any mask, or with a few annotated ones.
 
-Without masks the criterion is how much a mask says about the colours of its image: the mutual information between
-labels and quantised colours, normalised by the entropies of both (Strehl and Ghosh, "Cluster ensembles", JMLR 2002).
-A mask that is too large mixes object and surroundings, one that is too small leaves object colours outside, and a mask
-without structure says nothing.
+Without masks the criterion is how well the colours of an image explain its mask: Theil's uncertainty coefficient, the
+share of the labels' entropy that the quantised colours take away. A mask that is too large has colours of the
+surroundings on both sides of its border, one that is too small has the object's.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Calibration:
         field: of `MethodConfig`, `background_power` or `cam_threshold`.
         current: the run's value.
         chosen: the value with the best score.
-        scores: value → score: mIoU in percent of the annotated images, else mean information 0…1.
+        scores: value → score: mIoU in percent of the annotated images, else the mean of `explained_by_color`.
         ground_truth_used: whether annotated masks made the choice.
         num_images: that were looked at.
     """
@@ -58,21 +57,24 @@ class Calibration:
     num_images: int
 
 
-def color_information(labels: np.ndarray, pixels: np.ndarray) -> float:
-    """Normalised mutual information between a mask and the colours of its image, 0…1.
+def explained_by_color(labels: np.ndarray, pixels: np.ndarray) -> float:
+    """Theil's uncertainty coefficient of a mask given the colours of its image, I(labels; colours) / H(labels), 0…1.
 
     Args:
         labels: uint8 [H, W]; 255 (ignore) counts as background.
         pixels: uint8 [H, W, 3]; each channel is quantised to 8 levels.
+
+    Returns:
+        0 for a mask of one label, which leaves nothing to explain.
     """
     bins = (pixels // 32).astype(np.int64) @ np.array([64, 8, 1])
     _, labels = np.unique(np.where(labels == IGNORE, 0, labels), return_inverse=True)
     labels = labels.reshape(bins.shape)
     joint = np.bincount((labels * 512 + bins).ravel(), minlength=(labels.max() + 1) * 512).reshape(-1, 512) / bins.size
-    of_labels, of_colors = _entropy(joint.sum(1)), _entropy(joint.sum(0))
-    if of_labels == 0 or of_colors == 0:
+    uncertainty = _entropy(joint.sum(1))
+    if uncertainty == 0:
         return 0.0
-    return float((of_labels + of_colors - _entropy(joint)) / np.sqrt(of_labels * of_colors))
+    return float((uncertainty + _entropy(joint.sum(0)) - _entropy(joint)) / uncertainty)
 
 
 def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = None) -> Calibration:
@@ -96,16 +98,16 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
     evenly = np.linspace(0, count - 1, min(NUM_IMAGES, count)).round().astype(int)
     indices = evenly if annotated is None else list(annotated)
     confusion = {value: ConfusionMatrix(len(run.data.train.classes) + 1) for value in values}
-    information: dict[float, list[float]] = {value: [] for value in values}
+    explained: dict[float, list[float]] = {value: [] for value in values}
     for item, labels in _masks(run, indices, field, values):
         for value, mask in labels.items():
             if annotated is None:
-                information[value].append(color_information(mask, item.pixels))
+                explained[value].append(explained_by_color(mask, item.pixels))
             else:
                 truth = _truth(annotated[item.index], mask.shape, len(run.data.train.classes))
                 confusion[value].update(torch.from_numpy(mask), torch.from_numpy(truth))
     if annotated is None:
-        scores = {value: float(np.mean(information[value])) for value in values}
+        scores = {value: float(np.mean(explained[value])) for value in values}
     else:
         scores = {value: confusion[value].miou() or 0.0 for value in values}
     chosen = max(scores, key=scores.__getitem__)

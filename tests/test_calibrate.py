@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from runs import short
 
-from mcic.calibrate import FILE, POWERS, calibrate, color_information
+from mcic.calibrate import FILE, POWERS, calibrate, explained_by_color
 from mcic.cli import main
 from mcic.data import eval_items
 from mcic.evaluate import at_pixels
@@ -18,7 +18,7 @@ from mcic.restore import restore_run
 from mcic.trainer import Trainer
 
 
-class TestColorInformation:
+class TestExplainedByColor:
     """A red square of side 10 on blue ground, 40×40."""
 
     @pytest.fixture
@@ -35,9 +35,9 @@ class TestColorInformation:
         return labels
 
     def test_the_mask_that_follows_the_colours_is_best(self, scene):
-        exact = color_information(self.square(5, 15, label=3), scene)
+        exact = explained_by_color(self.square(5, 15, label=3), scene)
         assert exact == pytest.approx(1)
-        scores = [color_information(self.square(10 - side // 2, 10 + side // 2), scene) for side in (4, 8, 10, 12, 18)]
+        scores = [explained_by_color(self.square(10 - side // 2, 10 + side // 2), scene) for side in (4, 8, 10, 12, 18)]
         assert np.argmax(scores) == 2
         assert scores == sorted(scores[:3]) + sorted(scores[3:], reverse=True)
 
@@ -50,16 +50,16 @@ class TestColorInformation:
             return -sum(share * np.log(share) for share in shares)
 
         mask, colors, joint = entropy(1 / 32, 31 / 32), entropy(1 / 16, 15 / 16), entropy(1 / 32, 1 / 32, 30 / 32)
-        assert color_information(labels, scene) == pytest.approx((mask + colors - joint) / np.sqrt(mask * colors))
+        assert explained_by_color(labels, scene) == pytest.approx((mask + colors - joint) / mask)
 
-    def test_a_mask_or_an_image_of_one_value_says_nothing(self, scene):
-        assert color_information(np.ones((40, 40), np.uint8), scene) == 0
-        assert color_information(self.square(5, 15), np.zeros_like(scene)) == 0
+    def test_one_label_or_one_colour_explains_nothing(self, scene):
+        assert explained_by_color(np.ones((40, 40), np.uint8), scene) == 0
+        assert explained_by_color(self.square(5, 15), np.zeros_like(scene)) == 0
 
     def test_ignored_pixels_are_background(self, scene):
         labels = self.square(5, 15)
         labels[20:] = 255
-        assert color_information(labels, scene) == pytest.approx(1)
+        assert explained_by_color(labels, scene) == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
