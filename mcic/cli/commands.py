@@ -10,6 +10,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("[PRESET] [--group.field VALUE …]", "train, evaluate and report: as python train.py"),
+    "doctor": ("DIR [--json FILE|-]", "examine a folder of photographs: what a run would use, drop and cost"),
     "evaluate": ("RUN", "score a run's network on a split of its data"),
     "calibrate": ("RUN [--masks DIR]", "choose the CAM mask's threshold, without masks or with a few"),
     "retrain": ("RUN [--group.field VALUE …]", "train a plain network on the masks of mcic masks RUN"),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import filecmp
 import hashlib
 import logging
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -18,46 +16,60 @@ from mcic.data.base import Dataset, Splits
 from mcic.data.images import read_image, read_mask, readable_suffixes
 from mcic.data.names import check_classes, tag_matrix
 from mcic.data.palette import voc_palette
+from mcic.data.photos import Dropped, Photo, describe, readable
+from mcic.data.tags import Row, find_tables, key_of, nfc, read_table, read_text
 from mcic.suggest import nearest
 
 log = logging.getLogger(__name__)
 
 LAYOUT = (
-    "images/ and tags.csv (header image,tags; tags joined by |), or one sub-folder of images per class; "
-    "either directly or under train/ and val/"
+    "images/ and tags.csv (header image,tags; tags joined by |), tags.json, COCO JSON or VOC Annotations/, or one "
+    "sub-folder of images per class; either directly or under train/ and val/"
 )
+
+IMAGE_FOLDERS = ("images", "Images", "JPEGImages")
+VAL_FOLDERS = ("val", "valid", "validation")
+
+_NO_CLASSES = {*IMAGE_FOLDERS, "masks", "annotations", "Annotations"}
+_NO_IMAGES = {".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt", ".md", ".ini", ".db", ".yaml", ".yml", ".html"}
+"""endings of files that nobody takes for a photograph"""
 
 
 @dataclass(frozen=True, slots=True)
-class Photo:
-    """One image of a folder.
+class Contents:
+    """What a folder holds.
 
     Attributes:
-        id: `name`, with `__` for `/`.
-        name: the path below `images/` or below the class folders' parent, without the ending; Unicode form NFC.
-        path: the file.
-        tags: names of its classes.
-        mask: the file of its mask, or None.
+        train, val: the photographs, in the order of their ids.
+        classes: names of the classes.
+        dropped: what was left out.
+        held_out: whether `val` was split off because the folder has none.
     """
 
-    id: str
-    name: str
-    path: Path
-    tags: frozenset[str]
-    mask: Path | None = None
+    train: list[Photo]
+    val: list[Photo]
+    classes: tuple[str, ...]
+    dropped: tuple[Dropped, ...]
+    held_out: bool
 
 
 class Folder(Dataset):
-    """Photographs and their tags; `Folder.splits` reads them from disk."""
+    """Photographs and their tags; `Folder.splits` reads them from disk.
 
-    def __init__(self, photos: Sequence[Photo], classes: tuple[str, ...], *, name: str) -> None:
+    Attributes:
+        photos: one record per image.
+        contents: what was read with this split: the other one too, and what was left out.
+    """
+
+    def __init__(self, photos: Sequence[Photo], contents: Contents, *, name: str) -> None:
         self.name = name
-        self.classes = classes
-        self.palette = voc_palette(len(classes) + 1)
+        self.contents = contents
+        self.classes = contents.classes
+        self.palette = voc_palette(len(self.classes) + 1)
         self.photos = list(photos)
         self.ids = [photo.id for photo in photos]
-        places = {tag: place for place, tag in enumerate(classes)}
-        self.tags = tag_matrix([{places[tag] for tag in photo.tags} for photo in photos], len(classes))
+        places = {tag: place for place, tag in enumerate(self.classes)}
+        self.tags = tag_matrix([{places[tag] for tag in photo.tags} for photo in photos], len(self.classes))
 
     def image(self, index: int) -> np.ndarray:
         return read_image(self.path(index))
@@ -75,31 +87,51 @@ class Folder(Dataset):
 
     @classmethod
     def splits(cls, root: str | Path, val_share: float) -> Splits:
-        """Read a folder in any of the layouts that `LAYOUT` names.
-
-        Classes are the lines of `classes.txt`, in the root or in `train/`: line i, from 1, is mask value i. Without
-        that file they are the tags in alphabetical order. Masks, for evaluation only, are `masks/<id>.png`, or lie
-        below `masks/` as the images below `images/`. An image whose tags are empty shows none of the classes.
-
-        Without `val/` about `val_share` (0…1) of the images is held out. Each image's id decides, so that an image
-        stays on its side when others are added.
-
-        Raises:
-            ValueError: the layout is not as expected, or a tag is not in `classes.txt`.
-        """
-        root = Path(root).expanduser().resolve()
-        train_root = root / "train" if _has_parts(root) else root
-        train = _read_part(train_root)
-        if train_root != root and (root / "val").is_dir():
-            val = _read_part(root / "val")
-        else:
-            train, val = _held_out(train, val_share, root)
-        classes = _classes([*train, *val], (root / "classes.txt", train_root / "classes.txt"), root)
-        return Splits(cls(train, classes, name=root.name), cls(val, classes, name=root.name))
+        """Both splits of a folder; what is left out is said in one warning. See `read_folder`."""
+        contents = read_folder(root, val_share)
+        name = Path(root).expanduser().resolve().name
+        if said := describe(contents.dropped):
+            log.warning("%s: %s left out; mcic doctor says more", root, said)
+        return Splits(cls(contents.train, contents, name=name), cls(contents.val, contents, name=name))
 
 
-def _held_out(photos: list[Photo], share: float, root: Path) -> tuple[list[Photo], list[Photo]]:
-    """(train, val), neither of them empty."""
+def read_folder(root: str | Path, val_share: float) -> Contents:
+    """Read a folder in any of the layouts that `LAYOUT` names, and every file in it that a run would read.
+
+    Classes are the lines of `classes.txt`, in the root or in `train/`: line i, from 1, is mask value i. Without
+    that file they are the tags in alphabetical order. Masks, for evaluation only, are `masks/<id>.png`, or lie
+    below `masks/` as the images below `images/`. An image whose tags are empty shows none of the classes.
+    What cannot be used is left out: see `mcic.data.photos.DROPPED`.
+
+    Without `val/` about `val_share` (0…1) of the images is held out. Each image's id decides, so that an image
+    stays on its side when others are added.
+
+    Raises:
+        ValueError: the layout is not as expected, a table of tags cannot be read, a tag is not in `classes.txt`, or a
+            mask holds values that are no class.
+    """
+    root = Path(root).expanduser().resolve()
+    train_root = root / "train" if _has_parts(root) else root
+    val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
+    parts = [train_root] if train_root == root or val_root is None else [train_root, val_root]
+    found = [_read_part(part) for part in parts]
+    every = [photo for photos, _ in found for photo in photos]
+    classes = _classes(every, (root / "classes.txt", train_root / "classes.txt"), root)
+    dropped = [entry for _, losses in found for entry in losses]
+    sides = []
+    for part, (photos, _) in zip(parts, found, strict=True):
+        kept, losses = readable(photos, num_classes=len(classes))
+        dropped += losses
+        if not kept:
+            raise ValueError(f"no image of {part} can be read: {describe(losses)}")
+        sides.append(kept)
+    if len(sides) == 1:
+        sides = _held_out(sides[0], val_share, root)
+    return Contents(*sides, classes=classes, dropped=tuple(dropped), held_out=len(parts) == 1)
+
+
+def _held_out(photos: list[Photo], share: float, root: Path) -> list[list[Photo]]:
+    """Train and val, neither of them empty."""
     if len(photos) < 2:
         raise ValueError(f"--data.root has {len(photos)} image: at least one to train and one to hold out are needed, "
                          f"got {root}")  # fmt: skip
@@ -107,7 +139,7 @@ def _held_out(photos: list[Photo], share: float, root: Path) -> tuple[list[Photo
     low, *_, high = sorted(places.values())
     border = min(max(share, np.nextafter(low, 1)), high)
     train = [photo for photo in photos if places[photo.id] >= border]
-    return train, [photo for photo in photos if places[photo.id] < border]
+    return [train, [photo for photo in photos if places[photo.id] < border]]
 
 
 def _fraction(text: str) -> float:
@@ -116,10 +148,11 @@ def _fraction(text: str) -> float:
 
 
 def _classes(photos: Iterable[Photo], files: Iterable[Path], root: Path) -> tuple[str, ...]:
+    """The lines of the first file that is there, else the tags, of images that turn out to be broken too."""
     file = next((path for path in files if path.is_file()), None)
     if file is None:
         return check_classes(sorted({tag for photo in photos for tag in photo.tags}), source=root)
-    lines = [_nfc(line.strip()) for line in _text(file).rstrip().splitlines()]
+    lines = [nfc(" ".join(line.split())) for line in read_text(file).rstrip().splitlines()]
     if "" in lines:
         raise ValueError(f"{file}, line {lines.index('') + 1} is empty: line i names mask value i")
     classes = check_classes(lines, source=file)
@@ -132,84 +165,115 @@ def _classes(photos: Iterable[Photo], files: Iterable[Path], root: Path) -> tupl
 def _has_parts(root: Path) -> bool:
     """Whether `train/` is a part of the data; beside other class folders, holding just images, it is a class."""
     train = root / "train"
-    if (root / "tags.csv").exists() or not train.is_dir():
+    if not train.is_dir() or find_tables(root):
         return False
-    return _has_table(train) or bool(_class_folders(train))
+    return _has_table(train) or bool(_class_folders(train)[0])
 
 
 def _has_table(part: Path) -> bool:
-    return (part / "tags.csv").exists() or (part / "images").is_dir()
+    return bool(find_tables(part)) or any((part / name).is_dir() for name in IMAGE_FOLDERS)
 
 
-def _read_part(part: Path) -> list[Photo]:
-    photos = _read_table(part) if _has_table(part) else _read_class_folders(part)
+def _read_part(part: Path) -> tuple[list[Photo], list[Dropped]]:
+    """The photos that have tags, with their masks, in the order of their ids; and what was left out."""
+    photos, dropped = _read_tagged(part) if _has_table(part) else _read_class_folders(part)
     clashing = [name for name, count in Counter(photo.id for photo in photos).items() if count > 1]
     if clashing:
         raise ValueError(f"{part} has several images of the id {clashing[0]!r}: rename all but one")
-    return _with_masks(sorted(photos, key=lambda photo: photo.id), part / "masks")
+    photos, stray = _with_masks(sorted(photos, key=lambda photo: photo.id), part / "masks")
+    untagged = {Path(entry.name).stem for entry in dropped if entry.kind == "image"}
+    return photos, dropped + [entry for entry in stray if Path(entry.name).stem not in untagged]
 
 
-def _read_table(part: Path) -> list[Photo]:
-    """`images/` and `tags.csv`; several rows of one image add up."""
-    images, table = part / "images", part / "tags.csv"
-    for path, there in ((images, images.is_dir()), (table, table.is_file())):
-        if not there:
-            raise ValueError(f"--data.root has no {path.name}: expected {LAYOUT}, got {part}")
-    files = {_key(path.relative_to(images)): path for path in _image_files(images, deep=True)}
-    keys = {_stem(key): key for key in files} | {key: key for key in files}
-    tags: dict[str, set[str]] = {}
-    lost = []
-    for name, row_tags in _rows(table):
-        if name in keys:
-            tags.setdefault(keys[name], set()).update(row_tags)
-        else:
-            lost.append(name)
-    _warn_dropped(table, rows=lost, images=[key for key in files if key not in tags])
+def _read_tagged(part: Path) -> tuple[list[Photo], list[Dropped]]:
+    """A table of tags, and images in one of `IMAGE_FOLDERS` or anywhere in `part`; several rows of one image add up."""
+    images = next((part / name for name in IMAGE_FOLDERS if (part / name).is_dir()), part)
+    table, *unread = find_tables(part) or [None]
+    files, others = _files(images)
+    if table is None or not files:
+        raise ValueError(f"--data.root has no {'tags.csv' if files else 'images'}: expected {LAYOUT}, got {part}")
+    paths = {key_of(path.relative_to(images)): path for path in files}
+    tags, lost = _matched(read_table(table), _Names(paths))
     if not tags:
         raise ValueError(f"no row of {table} names an image in {images}")
-    return [_photo(_stem(key), files[key], tags[key]) for key in tags]
+    dropped = [Dropped("row", name) for name in lost]
+    dropped += [Dropped("image", str(path)) for key, path in paths.items() if key not in tags]
+    dropped += [Dropped("kind", str(path), path.suffix) for path in others]
+    dropped += [Dropped("table", str(path), f"{table.name} is read") for path in unread]
+    return [_photo(_stem(key), paths[key], tags[key]) for key in tags], dropped
 
 
-def _rows(table: Path) -> Iterator[tuple[str, set[str]]]:
-    """Image name and tags of every row."""
-    reader = csv.DictReader(_text(table).splitlines(keepends=True), restval="")
-    header = [name.strip() for name in reader.fieldnames or ()]
-    if not {"image", "tags"} <= set(header):
-        raise ValueError(f"{table} must have the header image,tags; its first line is {','.join(header)!r}")
-    reader.fieldnames = header
-    for row in reader:
-        where = f"{table}, line {reader.line_num}"
-        if None in row:
-            raise ValueError(f"{where} has more columns than the header: several tags are joined by |")
-        path = PurePosixPath(row["image"].strip().replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{where}: {row['image']!r} leaves images/: expected the name of a file in it")
-        yield _key(path), {_nfc(tag.strip()) for tag in row["tags"].split("|") if tag.strip()}
+def _matched(rows: Iterable[Row], names: _Names) -> tuple[dict[str, set[str]], list[str]]:
+    """The tags of every image that rows name, and the names that fit no image."""
+    tags: dict[str, set[str]] = {}
+    lost = []
+    for row in rows:
+        key = names.find(row)
+        if key is None:
+            lost.append(row.image)
+        else:
+            tags.setdefault(key, set()).update(row.tags)
+    return tags, lost
 
 
-def _warn_dropped(table: Path, *, rows: list[str], images: list[str]) -> None:
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for names, what in ((rows, "rows without an image"), (images, "images without a row"))
-        if names
-    ]
-    if parts:
-        log.warning("%s: %s left out", table, " and ".join(parts))
+class _Names:
+    """Finds the image that a row means, by the strictest of `RULES` that fits any."""
+
+    RULES: tuple[Callable[[str, str], bool], ...] = (
+        lambda name, key: name == key,
+        lambda name, key: _bare(name) == _bare(key),
+        lambda name, key: _same_end(_bare(name).casefold().split("/"), _bare(key).casefold().split("/")),
+    )
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._by_name: dict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            self._by_name[self._last(key)].append(key)
+
+    def find(self, row: Row) -> str | None:
+        """The key of an image, None if there is none; raises ValueError where several fit equally."""
+        alike = self._by_name.get(self._last(row.image), [])
+        for rule in self.RULES:
+            found = [key for key in alike if rule(row.image, key)]
+            if len(found) > 1:
+                raise ValueError(f"{row.where}: {row.image!r} may be {found[0]} or {found[1]}: write the whole path")
+            if found:
+                return found[0]
+        return None
+
+    @staticmethod
+    def _last(name: str) -> str:
+        return PurePosixPath(_bare(name)).name.casefold()
 
 
-def _read_class_folders(part: Path) -> list[Photo]:
-    """One sub-folder per class.
+def _bare(name: str) -> str:
+    """A name without the ending of an image, where it has one."""
+    path = PurePosixPath(name)
+    return path.with_suffix("").as_posix() if path.suffix.lower() in readable_suffixes() else name
+
+
+def _same_end(first: list[str], second: list[str]) -> bool:
+    """Whether one path is the end of the other."""
+    length = min(len(first), len(second))
+    return first[-length:] == second[-length:]
+
+
+def _read_class_folders(part: Path) -> tuple[list[Photo], list[Dropped]]:
+    """One sub-folder per class; what lies deeper in it counts too.
 
     Files of one name in two of them are different images, unless their content is equal: then it is one image, which
     has both tags.
     """
-    folders = _class_folders(part)
-    if {folder.name for folder in folders} <= {"train", "val", "test"}:
+    folders, others = _class_folders(part)
+    if {folder.name for folder in folders} <= {"train", "test", *VAL_FOLDERS}:
         raise ValueError(f"--data.root has no images with tags: expected {LAYOUT}, got {part}")
     by_name: dict[str, list[Photo]] = defaultdict(list)
+    dropped = [Dropped("folder", str(path)) for path in others]
     for folder in folders:
-        for path in _image_files(folder, deep=False):
-            photo = _photo(_stem(_key(path.relative_to(part))), path, {_nfc(folder.name)})
+        files, others = _files(folder)
+        dropped += [Dropped("kind", str(path), path.suffix) for path in others]
+        for path in files:
+            photo = _photo(_stem(key_of(path.relative_to(part))), path, {nfc(" ".join(folder.name.split()))})
             alike = by_name[path.name]
             for place, other in enumerate(alike):
                 if filecmp.cmp(other.path, path, shallow=False):
@@ -217,57 +281,58 @@ def _read_class_folders(part: Path) -> list[Photo]:
                     break
             else:
                 alike.append(photo)
-    return [photo for alike in by_name.values() for photo in alike]
+    return [photo for alike in by_name.values() for photo in alike], dropped
 
 
-def _class_folders(part: Path) -> list[Path]:
-    """Sub-folders with images in them, in order; hidden ones, `images/` and `masks/` are no classes."""
-    return sorted(
-        path for path in part.iterdir()
-        if path.is_dir() and not path.name.startswith((".", "__"))
-        and path.name not in ("images", "masks") and _image_files(path, deep=False)
-    )  # fmt: skip
+def _class_folders(part: Path) -> tuple[list[Path], list[Path]]:
+    """Sub-folders with images right in them, and those with images only deeper, where a run may have left its own.
+
+    Hidden ones, `images/` and `masks/` are neither.
+    """
+    classes, others = [], []
+    for folder in sorted(path for path in part.iterdir() if path.is_dir()):
+        if folder.name.startswith((".", "__")) or folder.name in _NO_CLASSES:
+            continue
+        images, _ = _files(folder)
+        if any(path.parent == folder for path in images):
+            classes.append(folder)
+        elif images:
+            others.append(folder)
+    return classes, others
 
 
-def _image_files(folder: Path, *, deep: bool) -> list[Path]:
-    files = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(
-        path for path in files
-        if path.suffix.lower() in readable_suffixes() and not path.name.startswith(".") and path.is_file()
-    )  # fmt: skip
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Images at any depth, and files that may be images of a kind that is not read; neither hidden ones nor masks."""
+    images, others = [], []
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder).parts
+        if any(name.startswith((".", "__")) for name in inner) or inner[0] == "masks" or not path.is_file():
+            continue
+        if path.suffix.lower() in readable_suffixes():
+            images.append(path)
+        elif path.suffix.lower() not in _NO_IMAGES:
+            others.append(path)
+    return images, others
 
 
-def _with_masks(photos: list[Photo], folder: Path) -> list[Photo]:
+def _with_masks(photos: list[Photo], folder: Path) -> tuple[list[Photo], list[Dropped]]:
     """The photos with their masks: found by path, by id, or by the bare file name where only one photo has it."""
-    masks = {_stem(_key(path.relative_to(folder))): path for path in folder.rglob("*.png")}
+    files = [path for path in folder.rglob("*") if path.suffix.lower() == ".png"]
+    masks = {_stem(key_of(path.relative_to(folder))): path for path in files}
     bare = Counter(PurePosixPath(photo.name).name for photo in photos)
 
     def mask(photo: Photo) -> Path | None:
         name = PurePosixPath(photo.name).name
         return masks.get(photo.name) or masks.get(photo.id) or (masks.get(name) if bare[name] == 1 else None)
 
-    return [replace(photo, mask=mask(photo)) for photo in photos]
+    photos = [replace(photo, mask=mask(photo)) for photo in photos]
+    stray = sorted(set(files) - {photo.mask for photo in photos})
+    return photos, [Dropped("stray", str(path)) for path in stray]
 
 
 def _photo(name: str, path: Path, tags: Iterable[str]) -> Photo:
     return Photo(name.replace("/", "__"), name, path, frozenset(tags))
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
-
-
-def _key(path: PurePath) -> str:
-    return _nfc(path.as_posix())
-
-
 def _stem(key: str) -> str:
     return PurePosixPath(key).with_suffix("").as_posix()
-
-
-def _nfc(text: str) -> str:
-    """One spelling for names that look the same: some file systems store é as two characters."""
-    return unicodedata.normalize("NFC", text)

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 """what Pillow raises for a file that it cannot read"""
+
+_ORIENTATION = 0x0112  # EXIF: 1 upright, 2…4 mirrored or upside down, 5…8 lying
 
 _GREY_16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _PACKED_GREY = {"L;2": 85, "L;4": 17}
@@ -49,6 +52,61 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     with _opened(path, "image") as image:
         return np.array(_rgb(ImageOps.exif_transpose(image)))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What a file says of its image.
+
+    Attributes:
+        size: (H, W) in pixels, turned the way a person sees it.
+        oddities: some of `animated` (or several pages), `transparent`, `CMYK`, `16-bit`, `rotated` (by EXIF), and
+            `ending` (the file's ending is that of another format).
+    """
+
+    size: tuple[int, int]
+    oddities: frozenset[str]
+
+
+def probe_image(path: str | Path) -> ImageFacts:
+    """Read a file as `read_image` does, a JPEG at an eighth of its size: many times faster, and it fails the same.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    with _opened(path, "image") as image:
+        width, height = image.size
+        turned = image.getexif().get(_ORIENTATION, 1)
+        transparent = image.has_transparency_data
+        odd = {
+            "animated": getattr(image, "is_animated", False) and image.format != "MPO",  # a JPEG with a preview
+            "CMYK": image.mode == "CMYK",
+            "16-bit": image.mode in _GREY_16 or ";16" in _raw_mode(image),
+            "rotated": turned in range(2, 9),
+            "ending": _is_misnamed(Path(path), image.format),
+        }
+        image.draft("RGB", (1, 1))
+        upright = ImageOps.exif_transpose(image)
+        _rgb(upright)
+        odd["transparent"] = transparent and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    size = (width, height) if turned in range(5, 9) else (height, width)
+    return ImageFacts(size, frozenset(name for name, is_so in odd.items() if is_so))
+
+
+def read_thumbnail(path: str | Path, side: int) -> np.ndarray:
+    """uint8 [side, side, 3]: what `read_image` gives, squeezed; a JPEG is not decoded at its full size.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    with _opened(path, "image") as image:
+        image.draft("RGB", (4 * side, 4 * side))
+        return np.array(_rgb(ImageOps.exif_transpose(image)).resize((side, side), Image.Resampling.BOX))
+
+
+def _is_misnamed(path: Path, found: str | None) -> bool:
+    named = Image.registered_extensions().get(path.suffix.lower())
+    return named is not None and {named, found} not in ({named}, {"JPEG", "MPO"})
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,279 @@
+"""Tables of image-level tags in the forms that people have them: CSV, JSON, COCO JSON, VOC XML.
+
+Every reader takes a path and returns the same: a list of `Row`. Nothing here looks for the images.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+import defusedxml.ElementTree
+from defusedxml import DefusedXmlException
+
+TABLES = (
+    "tags.csv", "tags.tsv", "tags.json", "tags.jsonl", "labels.csv", "labels.tsv", "labels.json", "labels.jsonl",
+    "annotations.csv", "annotations.json", "metadata.csv", "metadata.jsonl",
+)  # fmt: skip
+"""file names of tables that need no look inside"""
+
+IMAGE_KEYS = ("image", "imagename", "imagefile", "imagepath", "imageid", "img", "filename", "filepath", "file", "path",
+              "name")  # fmt: skip
+TAG_KEYS = ("tags", "tag", "labels", "label", "classes", "class", "classname", "categories", "category")
+"""names of columns and keys, the first one found counts; case, spaces, _ and - play no part"""
+
+_NAME_KEYS = ("name", *TAG_KEYS)  # of a tag that is an object
+_WRAPPERS = ("images", "annotations", "data", "items", "samples")
+_COCO_KEYS = {"images", "annotations", "categories"}
+_YES, _NO = {"1", "1.0", "true", "yes"}, {"", "0", "0.0", "-1", "false", "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The tags of one image as a table states them; several rows of an image add up.
+
+    Attributes:
+        image: a path below the folder of images, joined by `/`, in Unicode form NFC; its ending may be missing.
+        tags: names of classes, NFC, without spaces around them.
+        where: the place in the table, for messages.
+    """
+
+    image: str
+    tags: frozenset[str]
+    where: str
+
+
+def find_tables(part: Path) -> list[Path]:
+    """The tables of tags in a folder, the one that counts first: by name, then COCO JSON, then VOC annotations.
+
+    A table is a file, or for VOC annotations the folder of the XML files: `Annotations/`, or `part` itself.
+    """
+    found = [path for name in TABLES if (path := part / name).is_file()]
+    folders = [folder for name in ("annotations", "Annotations") if (folder := part / name).is_dir()]
+    for folder in (part, *folders):
+        found += [path for path in sorted(folder.glob("*.json")) if path not in found and _looks_like_coco(path)]
+    found += [folder for folder in (*folders, part) if next(folder.glob("*.xml"), None)]
+    return list({path.resolve(): path for path in found}.values())  # where case plays no part, a folder comes twice
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a table that `find_tables` found.
+
+    Raises:
+        ValueError: the table does not hold what its kind should, with file and line or entry; or an image's name is
+            absolute or has `..` in it.
+    """
+    return read_voc(path) if path.is_dir() else _READERS[path.suffix](path)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows of a table with a header, delimited by comma, semicolon or tab.
+
+    Its columns are an image and its tags (named as in `IMAGE_KEYS` and `TAG_KEYS`; others are passed over), the tags
+    joined by `|`, else by `;`, else by `,`, whichever the column has. Or an image and one column of 0 and 1 per class.
+    """
+    text = read_text(path)
+    first = text.lstrip().partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        lines = [(reader.line_num, [nfc(cell.strip()) for cell in cells]) for cells in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    lines = [(number, cells) for number, cells in lines if any(cells)]
+    header = lines[0][1] if lines else []
+    image = _column(header, IMAGE_KEYS)
+    if image is None or len(header) < 2:
+        raise ValueError(f"{path} must have the header image,tags; its first line is {delimiter.join(header)!r}")
+    rows = [(f"{path}, line {number}", _even(cells, len(header), f"{path}, line {number}"))
+            for number, cells in lines[1:]]  # fmt: skip
+    tags = _column(header, TAG_KEYS)
+    if tags is None:
+        return [Row(_image(cells[image], where), _marked(header, cells, image, where), where) for where, cells in rows]
+    separator = next((mark for mark in "|;," if any(mark in cells[tags] for _, cells in rows)), "|")
+    return [Row(_image(cells[image], where), _split(cells[tags], separator), where) for where, cells in rows]
+
+
+def read_json(path: Path) -> list[Row]:
+    """Rows of a JSON file: COCO instances, an object `{image: tags}`, or a list of objects with an image and tags.
+
+    Tags are a list of names, one string with `|` between them, or an object `{name: true or false}`.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if isinstance(content, dict) and content.keys() >= _COCO_KEYS:
+        return _coco_rows(content, path)
+    if isinstance(content, dict):
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), list | dict)), content)
+    if isinstance(content, dict):
+        return [_row(name, tags, f"{path}, {name!r}") for name, tags in content.items()]
+    if not isinstance(content, list):
+        raise ValueError(f'{path} must hold {{"image": ["tag", …]}} or a list of objects with "image" and "tags", '
+                         f"got a {type(content).__name__}")  # fmt: skip
+    return [_entry_row(entry, f"{path}, entry {place}") for place, entry in enumerate(content, 1)]
+
+
+def read_json_lines(path: Path) -> list[Row]:
+    """Rows of a file with one JSON object a line, each with an image and tags."""
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(_entry_row(json.loads(line), f"{path}, line {number}"))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def read_voc(folder: Path) -> list[Row]:
+    """One row per XML file: the image has the file's name, its tags are the names of its objects, difficult or not."""
+    rows = []
+    for path in sorted(folder.rglob("*.xml")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        rows.append(Row(_image(name, str(path)), object_names(path), str(path)))
+    return rows
+
+
+def object_names(annotation: Path) -> frozenset[str]:
+    """Names of the objects in a VOC annotation; a part of an object, e.g. a head, is none."""
+    try:
+        tree = defusedxml.ElementTree.parse(annotation)
+    except (defusedxml.ElementTree.ParseError, DefusedXmlException, LookupError, ValueError) as error:
+        raise ValueError(f"cannot read the annotation {annotation}: {error!r}") from error
+    return _clean(name.text or "" for name in tree.iterfind("object/name"))
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file in UTF-8, with or without byte order mark; raises ValueError for other encodings."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
+
+
+def nfc(text: str) -> str:
+    """One spelling for names that look the same: some file systems store é as two characters."""
+    return unicodedata.normalize("NFC", text)
+
+
+def key_of(path: PurePath) -> str:
+    """A relative path as tables and ids spell it."""
+    return nfc(path.as_posix())
+
+
+def _column(header: list[str], keys: Iterable[str]) -> int | None:
+    """The place of the first of `keys` in a header."""
+    plain = [_plain(name) for name in header]
+    return next((plain.index(key) for key in keys if key in plain), None)
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter not in " _-")
+
+
+def _even(cells: list[str], width: int, where: str) -> list[str]:
+    """A line of exactly `width` cells."""
+    if any(cells[width:]):
+        raise ValueError(f"{where} has more columns than the header: several tags are joined by |")
+    return (cells + [""] * width)[:width]
+
+
+def _marked(header: list[str], cells: list[str], image: int, where: str) -> frozenset[str]:
+    """The names of the columns that are marked with 1."""
+    marks = {name: cell.casefold() for place, (name, cell) in enumerate(zip(header, cells, strict=True))
+             if place != image}  # fmt: skip
+    for name, mark in marks.items():
+        if mark not in _YES | _NO:
+            raise ValueError(f"{where} has {mark!r} under {name!r}: expected the header image,tags, or 0 and 1 under "
+                             "the name of each class")  # fmt: skip
+    return _clean(name for name, mark in marks.items() if mark in _YES)
+
+
+def _split(cell: str, separator: str) -> frozenset[str]:
+    """The tags of a cell; of a list that was written out, `['dog', 'cat']`, too."""
+    if cell.startswith("[") and cell.endswith("]"):
+        return _clean(tag.strip(" '\"") for tag in cell[1:-1].split(separator))
+    return _clean(cell.split(separator))
+
+
+def _clean(tags: Iterable[str]) -> frozenset[str]:
+    return frozenset(nfc(" ".join(tag.split())) for tag in tags if tag.strip())
+
+
+def _image(name: Any, where: str) -> str:
+    """The path of an image in the form of `Row.image`."""
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where} names no image")
+    path = PurePosixPath(name.strip().replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{where}: {name!r} leaves images/: expected the name of a file in it")
+    return key_of(path)
+
+
+def _row(name: Any, tags: Any, where: str) -> Row:
+    return Row(_image(name, where), _clean(_names(tags, where)), where)
+
+
+def _entry_row(entry: Any, where: str) -> Row:
+    """A row from an object with an image and tags, or from a pair of them."""
+    if isinstance(entry, list) and len(entry) == 2:
+        return _row(*entry, where)
+    if not isinstance(entry, dict) or (image := _value(entry, IMAGE_KEYS)) is None:
+        raise ValueError(f'{where}: expected an object with "image" and "tags", got {str(entry)[:60]}')
+    return _row(image, _value(entry, TAG_KEYS), where)
+
+
+def _value(entry: dict[str, Any], keys: Iterable[str]) -> Any:
+    """The value of the first of `keys`, or None."""
+    plain = {_plain(key): value for key, value in entry.items()}
+    return next((plain[key] for key in keys if key in plain), None)
+
+
+def _names(tags: Any, where: str) -> Iterator[str]:
+    """The names in whatever form JSON holds tags."""
+    if tags is None:
+        return
+    if isinstance(tags, str):
+        yield from tags.split("|")
+    elif isinstance(tags, int) and not isinstance(tags, bool):
+        yield str(tags)
+    elif isinstance(tags, list):
+        for tag in tags:
+            yield from _names(tag, where)
+    elif isinstance(tags, dict) and (named := _value(tags, _NAME_KEYS)) is not None and not isinstance(named, bool):
+        yield from _names(named, where)
+    elif isinstance(tags, dict) and all(isinstance(given, bool) or given in (0, 1) for given in tags.values()):
+        yield from (name for name, given in tags.items() if given)
+    else:
+        raise ValueError(f"{where}: expected the names of its classes, got {str(tags)[:60]}")
+
+
+def _looks_like_coco(path: Path) -> bool:
+    """Whether it is worth parsing: other JSON files may lie around."""
+    content = path.read_bytes()
+    return all(f'"{key}"'.encode() in content for key in _COCO_KEYS)
+
+
+def _coco_rows(content: dict[str, Any], path: Path) -> list[Row]:
+    try:
+        classes = {category["id"]: category["name"] for category in content["categories"]}
+        tags: dict[Any, set[str]] = {image["id"]: set() for image in content["images"]}
+        for annotation in content["annotations"]:
+            tags[annotation["image_id"]].add(classes[annotation["category_id"]])
+        return [_row(image["file_name"], list(tags[image["id"]]), f"{path}, image {image['id']}")
+                for image in content["images"]]  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold COCO instances: {error!r}") from error
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".csv": read_csv, ".tsv": read_csv, ".json": read_json, ".jsonl": read_json_lines,
+}  # fmt: skip
