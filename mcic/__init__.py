@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcic.ops import BuildInfo
+    from mcic.predict import Predictor
 
 __version__ = "0.1.0"
 
@@ -15,3 +17,13 @@ def build_info() -> BuildInfo:
     from mcic import ops  # loads PyTorch, which importing the package does not
 
     return ops.build_info()
+
+
+def load(path: str | Path, **settings: Any) -> Predictor:
+    """The network of a run or of an exported folder: `mcic.load(path).predict("photo.jpg").save("mask.png")`.
+
+    `settings` are those of `mcic.predict.load`: device, precision, protocol, tile, long_side.
+    """
+    from mcic import predict  # loads PyTorch
+
+    return predict.load(path, **settings)

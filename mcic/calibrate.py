@@ -1,8 +1,9 @@
 """Choosing the CAM mask's threshold for one's own images: without any mask, or with a few annotated ones.
 
-Without masks the criterion is how well the colours of an image explain its mask: Theil's uncertainty coefficient, the
-share of the labels' entropy that the quantised colours take away. A mask that is too large has colours of the
-surroundings on both sides of its border, one that is too small has the object's.
+Without masks two things are measured and multiplied: the mutual information between a mask's labels and the colours of
+its image, which is large where object and surroundings are told apart, and the contrast of the image along the mask's
+borders, which is large where they lie on edges. Each alone prefers masks that are too large or too small. On three
+trained runs, with and without saliency, the value chosen so was within 0.6 points of mIoU of the best (docs/photos.md).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Calibration:
         field: of `MethodConfig`, `background_power` or `cam_threshold`.
         current: the run's value.
         chosen: the value with the best score.
-        scores: value → score: mIoU in percent of the annotated images, else the mean of `explained_by_color`.
+        scores: value → score: mIoU in percent of the annotated images, else mean `color_information` times mean
+            `edge_contrast`.
         ground_truth_used: whether annotated masks made the choice.
         num_images: that were looked at.
     """
@@ -57,24 +59,36 @@ class Calibration:
     num_images: int
 
 
-def explained_by_color(labels: np.ndarray, pixels: np.ndarray) -> float:
-    """Theil's uncertainty coefficient of a mask given the colours of its image, I(labels; colours) / H(labels), 0…1.
+def color_information(labels: np.ndarray, pixels: np.ndarray) -> float:
+    """Mutual information between a mask and the colours of its image, in nats.
 
     Args:
         labels: uint8 [H, W]; 255 (ignore) counts as background.
         pixels: uint8 [H, W, 3]; each channel is quantised to 8 levels.
-
-    Returns:
-        0 for a mask of one label, which leaves nothing to explain.
     """
     bins = (pixels // 32).astype(np.int64) @ np.array([64, 8, 1])
-    _, labels = np.unique(np.where(labels == IGNORE, 0, labels), return_inverse=True)
-    labels = labels.reshape(bins.shape)
-    joint = np.bincount((labels * 512 + bins).ravel(), minlength=(labels.max() + 1) * 512).reshape(-1, 512) / bins.size
-    uncertainty = _entropy(joint.sum(1))
-    if uncertainty == 0:
+    labels = np.where(labels == IGNORE, 0, labels).astype(np.int64)
+    joint = np.bincount((labels * 512 + bins).ravel(), minlength=256 * 512).reshape(256, 512) / bins.size
+    return _entropy(joint.sum(1)) + _entropy(joint.sum(0)) - _entropy(joint)
+
+
+def edge_contrast(labels: np.ndarray, pixels: np.ndarray) -> float:
+    """How much neighbouring pixels of different labels differ in colour, over how much neighbours differ at all.
+
+    Args:
+        labels: uint8 [H, W]; 255 (ignore) counts as background.
+        pixels: uint8 [H, W, 3].
+
+    Returns:
+        0 or more; 1 for borders that lie anywhere, 0 without a border or in an image of one colour.
+    """
+    labels, colors = np.where(labels == IGNORE, 0, labels), pixels.astype(np.float64)
+    differences = [np.abs(np.diff(colors, axis=axis)).sum(2).ravel() for axis in (0, 1)]
+    borders = [(np.diff(labels.astype(int), axis=axis) != 0).ravel() for axis in (0, 1)]
+    difference, border = np.concatenate(differences), np.concatenate(borders)
+    if not border.any() or not difference.any():
         return 0.0
-    return float((uncertainty + _entropy(joint.sum(0)) - _entropy(joint)) / uncertainty)
+    return float(difference[border].mean() / difference.mean())
 
 
 def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = None) -> Calibration:
@@ -98,16 +112,16 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
     evenly = np.linspace(0, count - 1, min(NUM_IMAGES, count)).round().astype(int)
     indices = evenly if annotated is None else list(annotated)
     confusion = {value: ConfusionMatrix(len(run.data.train.classes) + 1) for value in values}
-    explained: dict[float, list[float]] = {value: [] for value in values}
+    measured: dict[float, list[tuple[float, float]]] = {value: [] for value in values}
     for item, labels in _masks(run, indices, field, values):
         for value, mask in labels.items():
             if annotated is None:
-                explained[value].append(explained_by_color(mask, item.pixels))
+                measured[value].append((color_information(mask, item.pixels), edge_contrast(mask, item.pixels)))
             else:
                 truth = _truth(annotated[item.index], mask.shape, len(run.data.train.classes))
                 confusion[value].update(torch.from_numpy(mask), torch.from_numpy(truth))
     if annotated is None:
-        scores = {value: float(np.mean(explained[value])) for value in values}
+        scores = {value: float(np.prod(np.mean(measured[value], axis=0))) for value in values}
     else:
         scores = {value: confusion[value].miou() or 0.0 for value in values}
     chosen = max(scores, key=scores.__getitem__)
@@ -152,7 +166,13 @@ def _with(method: MethodConfig, field: str, value: float) -> MethodConfig:
 def _masks(
     run: RestoredRun, indices: Any, field: str, values: tuple[float, ...]
 ) -> Iterator[tuple[EvalItem, dict[float, np.ndarray]]]:
-    """Every image with its CAM mask, uint8 [H, W], for every value of the field."""
+    """Every image with its CAM mask, uint8 [H, W], for every value of the field.
+
+    α is compared where every pixel has a label, for it decides which one; T_a decides which labels to trust.
+    """
+    fixed = run.config.method
+    if field == "background_power":
+        fixed = dataclasses.replace(fixed, cam_threshold=0.0)
     train = run.data.train
     for item in eval_items(
         train, run.saliency, indices=indices, workers=default_workers(run.config.data.workers, train)
@@ -162,7 +182,7 @@ def _masks(
         saliency = None if item.saliency is None else item.saliency[None].to(run.device)
         found = {}
         for value in values:
-            method = _with(run.config.method, field, value)
+            method = _with(fixed, field, value)
             mask = cam_mask(
                 heatmap, tags, saliency, threshold=method.cam_threshold, rules=method.cam_background,
                 background_power=method.background_power,

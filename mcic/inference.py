@@ -53,7 +53,7 @@ def dense_protocol(function: DenseFunction, images: Tensor, stride: int, protoco
         f32 [B, C, H, W].
     """
     scales, mirrored = PROTOCOLS[protocol]
-    maps = [_at_scale(function, images, stride, scale, mirrored) for scale in scales]
+    maps = [at_scale(function, images, stride, scale, mirrored) for scale in scales]
     if len(maps) == 1:
         return maps[0]
     stacked = torch.stack(maps)
@@ -61,7 +61,8 @@ def dense_protocol(function: DenseFunction, images: Tensor, stride: int, protoco
     return (mean + stacked.amax(0)) / 2 if protocol == "authors" else mean
 
 
-def _at_scale(function: DenseFunction, images: Tensor, stride: int, scale: float, mirrored: bool) -> Tensor:
+def at_scale(function: DenseFunction, images: Tensor, stride: int, scale: float, mirrored: bool) -> Tensor:
+    """`dense` of the resized images, brought back to their size; `mirrored`: the mean with the mirror image's."""
     size = tuple(images.shape[-2:])
     scaled = images
     if scale != 1:

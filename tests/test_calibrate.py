@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from runs import short
 
-from mcic.calibrate import FILE, POWERS, calibrate, explained_by_color
+from mcic.calibrate import FILE, POWERS, calibrate, color_information, edge_contrast
 from mcic.cli import main
 from mcic.data import eval_items
 from mcic.evaluate import at_pixels
@@ -18,7 +18,7 @@ from mcic.restore import restore_run
 from mcic.trainer import Trainer
 
 
-class TestExplainedByColor:
+class TestCriterion:
     """A red square of side 10 on blue ground, 40×40."""
 
     @pytest.fixture
@@ -35,13 +35,15 @@ class TestExplainedByColor:
         return labels
 
     def test_the_mask_that_follows_the_colours_is_best(self, scene):
-        exact = explained_by_color(self.square(5, 15, label=3), scene)
-        assert exact == pytest.approx(1)
-        scores = [explained_by_color(self.square(10 - side // 2, 10 + side // 2), scene) for side in (4, 8, 10, 12, 18)]
-        assert np.argmax(scores) == 2
-        assert scores == sorted(scores[:3]) + sorted(scores[3:], reverse=True)
+        sides = (4, 8, 10, 12, 18)
+        masks = [self.square(10 - side // 2, 10 + side // 2, label=3) for side in sides]
+        for measure in (color_information, edge_contrast):
+            scores = [measure(mask, scene) for mask in masks]
+            assert np.argmax(scores) == 2
+            assert scores[:3] == sorted(scores[:3])
+            assert scores[2:] == sorted(scores[2:], reverse=True)
 
-    def test_by_hand(self, scene):
+    def test_information_by_hand(self, scene):
         """Half of the square is labelled: p(label) 1/32, p(red) 1/16, p(both) 1/32."""
         labels = self.square(5, 15)
         labels[10:] = 0
@@ -50,16 +52,26 @@ class TestExplainedByColor:
             return -sum(share * np.log(share) for share in shares)
 
         mask, colors, joint = entropy(1 / 32, 31 / 32), entropy(1 / 16, 15 / 16), entropy(1 / 32, 1 / 32, 30 / 32)
-        assert explained_by_color(labels, scene) == pytest.approx((mask + colors - joint) / mask)
+        assert color_information(labels, scene) == pytest.approx(mask + colors - joint)
 
-    def test_one_label_or_one_colour_explains_nothing(self, scene):
-        assert explained_by_color(np.ones((40, 40), np.uint8), scene) == 0
-        assert explained_by_color(self.square(5, 15), np.zeros_like(scene)) == 0
+    def test_contrast_by_hand(self, scene):
+        """40 of 3120 pairs of neighbours differ: those at the square's border."""
+        assert edge_contrast(self.square(5, 15), scene) == pytest.approx(3120 / 40)
+        labels = self.square(5, 15)
+        labels[10:15, 5:15] = 0  # the upper half: 20 of its 30 border pairs are borders of the square
+        assert edge_contrast(labels, scene) == pytest.approx(20 / 30 * 3120 / 40)
+
+    def test_one_label_or_one_colour_says_nothing(self, scene):
+        for measure in (color_information, edge_contrast):
+            assert measure(np.ones((40, 40), np.uint8), scene) == pytest.approx(0)
+            assert measure(self.square(5, 15), np.zeros_like(scene)) == pytest.approx(0)
 
     def test_ignored_pixels_are_background(self, scene):
         labels = self.square(5, 15)
-        labels[20:] = 255
-        assert explained_by_color(labels, scene) == pytest.approx(1)
+        ignored = labels.copy()
+        ignored[20:] = 255
+        for measure in (color_information, edge_contrast):
+            assert measure(ignored, scene) == measure(labels, scene)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +88,7 @@ def annotate(run, folder, *, power, count=4):
     for item in eval_items(restored.data.train, restored.saliency, indices=range(count)):
         with torch.no_grad():
             heatmap = at_pixels(restored.model, item.image[None], item.tags[None]).prediction.heatmap
-        mask = cam_mask(heatmap, item.tags[None], item.saliency[None], threshold=0.5, background_power=power)
+        mask = cam_mask(heatmap, item.tags[None], item.saliency[None], threshold=0.0, background_power=power)
         Image.fromarray(mask[0].numpy()).save(folder / f"{restored.data.train.ids[item.index]}.png")
 
 

@@ -13,7 +13,10 @@ COMMANDS = {
     "doctor": ("DIR [--json FILE|-]", "examine a folder of photographs: what a run would use, drop and cost"),
     "evaluate": ("RUN", "score a run's network on a split of its data"),
     "calibrate": ("RUN [--masks DIR]", "choose the CAM mask's threshold, without masks or with a few"),
+    "masks": ("RUN", "masks of the training images, from their tags, refined"),
     "retrain": ("RUN [--group.field VALUE …]", "train a plain network on the masks of mcic masks RUN"),
+    "predict": ("MODEL IMAGES… --out DIR", "masks, pictures and class areas of new images"),
+    "export": ("RUN --out DIR", "the network as safetensors, torch.export and ONNX, with a model card"),
     "report": ("RUN", "write a run's report.html again"),
 }
 """name → (what it takes, what it does)"""

@@ -51,7 +51,7 @@ def read_image(path: str | Path) -> np.ndarray:
             nowhere stated.
     """
     with _opened(path, "image") as image:
-        return np.array(_rgb(ImageOps.exif_transpose(image)))
+        return np.array(to_rgb(ImageOps.exif_transpose(image)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def probe_image(path: str | Path) -> ImageFacts:
         }
         image.draft("RGB", (1, 1))
         upright = ImageOps.exif_transpose(image)
-        _rgb(upright)
+        to_rgb(upright)
         odd["transparent"] = transparent and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
     size = (width, height) if turned in range(5, 9) else (height, width)
     return ImageFacts(size, frozenset(name for name, is_so in odd.items() if is_so))
@@ -101,7 +101,7 @@ def read_thumbnail(path: str | Path, side: int) -> np.ndarray:
     """
     with _opened(path, "image") as image:
         image.draft("RGB", (4 * side, 4 * side))
-        return np.array(_rgb(ImageOps.exif_transpose(image)).resize((side, side), Image.Resampling.BOX))
+        return np.array(to_rgb(ImageOps.exif_transpose(image)).resize((side, side), Image.Resampling.BOX))
 
 
 def _is_misnamed(path: Path, found: str | None) -> bool:
@@ -109,7 +109,7 @@ def _is_misnamed(path: Path, found: str | None) -> bool:
     return named is not None and {named, found} not in ({named}, {"JPEG", "MPO"})
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no stated range; save it with 8 or 16 bits")
     if image.mode in _GREY_16:

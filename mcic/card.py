@@ -1,0 +1,117 @@
+"""The model card of an exported network: what it is, what it was made from, how good it is, how to use it. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mcic.measures import MASKS, NETWORK, WITH_MEMORY
+
+_SUPERVISION = {
+    "tags": "image-level tags only: which classes an image shows, not where",
+    "masks": "masks that a first stage made from image-level tags, with their confidence",
+    "full": "ground-truth masks: this is a ceiling to compare with, not a network from tags",
+}
+_DATA = {"shapes": "procedural shapes on textured ground, made at run time", "voc12": "PASCAL VOC 2012",
+         "coco14": "COCO 2014", "folder": "photographs of the person who trained it"}  # fmt: skip
+_PRETRAINED = "ImageNet weights, trained on ImageNet's image labels"
+
+
+def model_card(description: dict[str, Any], model: Path) -> str:
+    """Markdown with the header that model hubs read.
+
+    Args:
+        description: the content of `network.json`, with contract and checks.
+        model: where the network was: a run folder, of which configuration and summary are read, or another one.
+    """
+    config = _content(model / "config.yaml")
+    summary = _content(model / "summary.json")
+    environment = Environment(
+        loader=PackageLoader("mcic"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters["cell"] = _cell
+    return environment.get_template("card.md").render(
+        description=description,
+        name=_name(config, description),
+        facts=_facts(config, summary, description),
+        scores=_scores(summary),
+        classes=_classes(description, summary),
+        checks=description["checks"],
+        files={check["format"]: check["file"] for check in description["checks"]},
+        protocol=summary.get("protocol"),
+        from_tags=config.get("method", {}).get("supervision") in ("tags", "masks"),
+    )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file, empty where there is none."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+
+
+def _name(config: dict[str, Any], description: dict[str, Any]) -> str:
+    data = config.get("data", {})
+    source = Path(data["root"]).name if data.get("root") else data.get("name")
+    return " · ".join(part for part in ("MCIC", description["backbone"], source) if part)
+
+
+def _facts(config: dict[str, Any], summary: dict[str, Any], description: dict[str, Any]) -> list[tuple[str, str]]:
+    """How it was trained, as far as the run says."""
+    data, method, train = (config.get(group, {}) for group in ("data", "method", "train"))
+    if not config:
+        return [("Training", "not known: it was exported without its run")]
+    weights = config.get("model", {}).get("weights", "none")
+    start = {"none": "random", "imagenet": _PRETRAINED}.get(weights, f"weights from {Path(weights).name}")
+    facts = {
+        "Data": _DATA.get(data.get("name"), str(data.get("name"))),
+        "Supervision": _SUPERVISION.get(method.get("supervision", "tags"), str(method.get("supervision"))),
+        "Ground truth used": _ground_truth(config, summary),
+        "Network": f"{description['backbone']}, output stride {description['output_stride']}, "
+        f"head {description['segmentation_head']}",
+        "Initial weights": start,
+        "Method": f"rules {method.get('rules')}, context {method.get('context')}, background evidence "
+        f"{data.get('saliency')}",
+        "Schedule": f"{train.get('epochs')} epochs, batch {train.get('batch_size')}, crop {train.get('size')}, "
+        f"seed {train.get('seed')}",
+    }
+    return [(name, str(value)) for name, value in facts.items()]
+
+
+def _ground_truth(config: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Whether masks drawn by people had a part in it beyond measuring."""
+    used = summary.get("ground_truth_used")
+    if used is None and config:
+        used = config.get("method", {}).get("supervision") == "full"
+    return {None: "not known", True: "yes, for training or for a choice on the way", False: "no, for measuring only"}[
+        used
+    ]
+
+
+def _scores(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value in percent, on which images) of every mean IoU."""
+    return [
+        (measure.name, f"{summary[measure.key]:.1f}", measure.where)
+        for measure in (NETWORK, WITH_MEMORY, *MASKS)
+        if summary.get(measure.key) is not None
+    ]
+
+
+def _classes(description: dict[str, Any], summary: dict[str, Any]) -> list[tuple[int, str, str, str]]:
+    """(mask value, name, colour, IoU on val) of every class."""
+    names = ["background", *description["classes"]]
+    ious = summary.get("per_class", {}).get("val") or [None] * len(names)
+    colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in description["palette"]]
+    shown = ["–" if iou is None else f"{iou:.1f}" for iou in ious]
+    return list(zip(range(len(names)), names, colors, shown, strict=True))
+
+
+def _cell(text: Any) -> str:
+    """Text that a Markdown table takes as it is."""
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,43 @@
+"""Label maps as COCO instances JSON: each class of an image is one region."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mcic.data.base import IGNORE, Dataset
+from mcic.data.images import read_mask
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
+    """COCO's uncompressed run lengths of a bool [H, W] mask: column by column, beginning with a run of zeros."""
+    bits = mask.ravel(order="F")
+    changes = np.flatnonzero(bits[1:] != bits[:-1]) + 1
+    start = [0] if bits.size and bits[0] else []
+    counts = np.diff([0, *start, *changes, bits.size])
+    return {"size": list(mask.shape), "counts": counts.tolist()}
+
+
+def coco_instances(dataset: Dataset, labels: Path) -> dict[str, Any]:
+    """COCO instances of the label maps `labels/<id>.png`; image and annotation ids count from 1, category ids are mask
+    values. Background and ignored pixels are in no region."""
+    images, annotations = [], []
+    for index, image_id in enumerate(dataset.ids):
+        label, path = read_mask(labels / f"{image_id}.png"), dataset.path(index)
+        height, width = label.shape
+        name = image_id if path is None else path.name
+        images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
+        for value in np.unique(label[(label != 0) & (label != IGNORE)]).tolist():
+            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **_region(label == value, value)})
+    categories = [{"id": value, "name": name} for value, name in enumerate(dataset.classes, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _region(mask: np.ndarray, category: int) -> dict[str, Any]:
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    box = [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
+    area = int(mask.sum())
+    return {"category_id": category, "segmentation": encode_rle(mask), "area": area, "bbox": box, "iscrowd": 0}
