@@ -64,7 +64,9 @@ def mask_candidates(
 def evaluate_network(
     model: MCIC, items: Iterable[EvalItem], *, protocol: str, device: torch.device
 ) -> dict[str, ConfusionMatrix]:
-    """Confusion of the network alone (`network`) and of s̃ given the tags (`context`, where there is a bank).
+    """Confusion of the network alone (`network`), of it given the tags (`tags`), and of s̃ given them (`context`).
+
+    The last is there where there is a bank.
 
     Args:
         model: put into evaluation mode.
@@ -74,7 +76,7 @@ def evaluate_network(
     """
     model.eval()
     num_classes = model.network.spec.num_classes
-    names = ("network", "context") if model.memory is not None else ("network",)
+    names = ("network", "tags", "context") if model.memory is not None else ("network", "tags")
     confusion = {name: ConfusionMatrix(num_classes, device) for name in names}
     for batch in _by_size(items, device):
 
@@ -85,9 +87,11 @@ def evaluate_network(
             return torch.cat([prediction.logits, model.read(prediction, tags).logits], 1)
 
         maps = dense_protocol(scores, batch.images, model.network.stride, protocol)
-        confusion["network"].update(maps[:, :num_classes].argmax(1), batch.truth)
+        absent = ~with_background(batch.tags)[:, :, None, None]
+        own = maps[:, :num_classes]
+        confusion["network"].update(own.argmax(1), batch.truth)
+        confusion["tags"].update(own.masked_fill(absent, -torch.inf).argmax(1), batch.truth)
         if "context" in confusion:
-            absent = ~with_background(batch.tags)[:, :, None, None]
             given_tags = maps[:, num_classes:].masked_fill(absent, -torch.inf).argmax(1)
             confusion["context"].update(given_tags, batch.truth)
     for matrix in confusion.values():
@@ -121,6 +125,8 @@ def summarize(
         summary["val/miou"] = network["network"].miou()
         summary["per_class"]["val"] = network["network"].iou()
         summary["confusion"] = network["network"].counts.tolist()
+    if "tags" in network:
+        summary["val/miou_tags"] = network["tags"].miou()
     if "context" in network:
         summary["val/miou_context"] = network["context"].miou()
         summary["per_class"]["val_context"] = network["context"].iou()
