@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -136,6 +138,34 @@ def contact_sheet(
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """An image as a bank knows it: where its contexts of one class came from.
+
+    Attributes:
+        class_name: the class.
+        image: the image's name in its data set, or None where it is unknown.
+        contexts: how many of the bank's entries these are.
+    """
+
+    class_name: str
+    image: str | None
+    contexts: int
+
+
+@dataclass(frozen=True, slots=True)
+class CellReading:
+    """What the pixels of an image read from the bank, on a grid of equal cells that covers the image.
+
+    Attributes:
+        sources: int [rows, columns, k], places in a list of `Source`, those with the largest weights first.
+        weights: float [rows, columns, k] in 0…1; what they lack of 1 was read from all other sources.
+    """
+
+    sources: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One image of the report's gallery.
 
@@ -145,6 +175,8 @@ class Example:
         pixels: uint8 [H, W, 3], shown first, as the panel "image".
         panels: uint8 [H, W, 3] images by what they show ("CAM mask", "prediction", …), in the order of showing.
         iou: percent by panel name; None where it is not defined.
+        uncertainty: percent, the mean over the pixels of 1 - probability of the predicted class; None: not known.
+        reading: what its pixels read from the bank; None: there is none.
     """
 
     id: str
@@ -152,27 +184,72 @@ class Example:
     pixels: np.ndarray
     panels: dict[str, np.ndarray]
     iou: dict[str, float | None]
+    uncertainty: float | None = None
+    reading: CellReading | None = None
 
 
-def write_examples(folder: Path, examples: Sequence[Example]) -> Path:
-    """Store examples in a run folder, as `previews/final/<nnn>-<panel>.png` and `previews/final/index.json`.
+def write_examples(
+    folder: Path, examples: Sequence[Example], *, sources: Sequence[Source] = (),
+    thumbnails: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Path:  # fmt: skip
+    """Store examples in a run folder, below `previews/final/`; earlier examples of the run are replaced.
+
+    `<nnn>-<panel>.png` are the panels. `index.json` is a list of {"id", "tags", "iou", "uncertainty", "panels":
+    {panel name: file name}}. Where any example has a reading there is `readings.json`: {"sources": [{"class", "image",
+    "contexts"}], "thumbnails": {image name: file name}, "readings": [one for each example, null or {"rows", "columns",
+    "sources", "weights"}]}, where the last two are `CellReading`'s, flat, and the weights are in 1/10000.
 
     Args:
         folder: the run folder.
-        examples: what to store; earlier examples of the run are replaced.
+        examples: what to store.
+        sources: what the readings refer to; those that nothing refers to are not stored.
+        thumbnails: uint8 [h, w, 3] by the image name of a source; may lack some.
 
     Returns:
-        The path of the index: a list of {"id", "tags", "iou", "panels": {panel name: file name}}.
+        The path of the index.
     """
     target = Path(folder) / EXAMPLES
     target.mkdir(parents=True, exist_ok=True)
-    index_path = target / "index.json"
+    index_path, readings_path = target / "index.json", target / "readings.json"
     index_path.unlink(missing_ok=True)  # an index never names the images of another run
-    for old in target.glob("[0-9]*-*.png"):
+    readings_path.unlink(missing_ok=True)
+    for old in (*target.glob("[0-9]*-*.png"), *target.glob("bank-[0-9]*.png")):
         old.unlink()
     index = [_write_example(target, number, example) for number, example in enumerate(examples)]
+    if any(example.reading is not None for example in examples):
+        readings = _readings(examples, sources) | {"thumbnails": _write_thumbnails(target, thumbnails)}
+        readings_path.write_text(json.dumps(readings, ensure_ascii=False), encoding="utf-8")
     index_path.write_text(json.dumps(index, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     return index_path
+
+
+def _readings(examples: Sequence[Example], sources: Sequence[Source]) -> dict[str, Any]:
+    read = [np.unique(example.reading.sources) for example in examples if example.reading is not None]
+    used = np.unique(np.concatenate(read))
+    return {
+        "sources": [
+            {"class": source.class_name, "image": source.image, "contexts": source.contexts}
+            for source in (sources[place] for place in used.tolist())
+        ],
+        "readings": [example.reading and _flat_reading(example.reading, used) for example in examples],
+    }
+
+
+def _flat_reading(reading: CellReading, used: np.ndarray) -> dict[str, Any]:
+    rows, columns, _ = reading.sources.shape
+    return {
+        "rows": rows,
+        "columns": columns,
+        "sources": np.searchsorted(used, reading.sources).ravel().tolist(),
+        "weights": np.rint(reading.weights * 10_000).astype(int).ravel().tolist(),
+    }
+
+
+def _write_thumbnails(target: Path, thumbnails: Mapping[str, np.ndarray]) -> dict[str, str]:
+    files = {name: f"bank-{number:03d}.png" for number, name in enumerate(thumbnails)}
+    for name, pixels in thumbnails.items():
+        Image.fromarray(pixels).save(target / files[name])
+    return files
 
 
 def _write_example(target: Path, number: int, example: Example) -> dict[str, object]:
@@ -184,8 +261,17 @@ def _write_example(target: Path, number: int, example: Example) -> dict[str, obj
             file = f"{number:03d}-{slug}-{len(files)}.png"
         Image.fromarray(pixels).save(target / file)
         files[name] = file
-    iou = {name: value if value is not None and math.isfinite(value) else None for name, value in example.iou.items()}
-    return {"id": example.id, "tags": list(example.tags), "iou": iou, "panels": files}
+    return {
+        "id": example.id,
+        "tags": list(example.tags),
+        "iou": {name: _finite(value) for name, value in example.iou.items()},
+        "uncertainty": _finite(example.uncertainty),
+        "panels": files,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _same_size(pixels: np.ndarray, plane: np.ndarray) -> None:

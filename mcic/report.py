@@ -6,19 +6,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
-from mcic import __version__
-from mcic.charts import Line, confusion_chart, line_chart, number
+from mcic.charts import Line, line_chart, number
 from mcic.measures import (
     CAM,
     CONTEXT,
@@ -31,44 +26,35 @@ from mcic.measures import (
     Figure,
     Measure,
 )
-from mcic.preview import EXAMPLES
+from mcic.report_gallery import build_gallery
+from mcic.report_page import classes_of, confusion_svg, duration, render, require_page, write_page
 from mcic.runfolder import RunFolder, column, finite, read_run, steps
 
-_THUMBNAIL = 360  # longest side of an embedded picture, pixels: a gallery of twenty stays a few MB
 
-
-def write_report(run: Path) -> Path:
-    """Write `report.html` into a run folder.
+def write_report(run: Path, *, out: Path | None = None) -> Path:
+    """Write the page of a run.
 
     Args:
         run: folder with `config.yaml` and `metrics.jsonl` or `summary.json`, better with both, and where there are
-            any `env.json`, `evaluations.jsonl` and `previews/final/index.json`.
+            any `env.json`, `evaluations.jsonl`, `previews/final/index.json` and `previews/final/readings.json`.
+        out: the page; None: `report.html` in the run's folder.
 
     Returns:
-        The path of the report.
+        The path of the page.
 
     Raises:
-        ValueError: the folder is no run folder, or one of its files cannot be read.
+        ValueError: the folder is no run folder, one of its files cannot be read, or `out` is a file of another kind.
     """
     folder = read_run(Path(run))
-    environment = Environment(
-        loader=PackageLoader("mcic", "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number, "percent": _percent, "signed": _signed, "setting": _setting}
-    page = environment.get_template("report.html").render(_context(folder))
-    path, partial = folder.path / "report.html", folder.path / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)  # a reader never sees half a report
-    return path
+    path = folder.path / "report.html" if out is None else require_page(Path(out))
+    return write_page(path, render("report.html", _context(folder)))
 
 
 def _context(run: RunFolder) -> dict[str, Any]:
     """Everything the template shows."""
     summary = run.summary
-    classes = _classes(summary)
+    classes = classes_of(summary)
     return {
-        "version": __version__,
         "name": run.path.resolve().name,
         "preset": run.config.get("preset") or "Training run",
         "facts": _facts(run),
@@ -79,8 +65,8 @@ def _context(run: RunFolder) -> dict[str, Any]:
         "figures": [*_figures(TRAINING_FIGURES, run.metrics), *_figures(EVALUATION_FIGURES, run.evaluations)],
         "classes": classes,
         "per_class": _per_class(summary, classes),
-        "confusion": _confusion(summary, classes),
-        "examples": [_example(run.path / EXAMPLES, entry) for entry in run.examples],
+        "confusion": confusion_svg(summary),
+        "gallery": build_gallery([run]) if run.examples else None,
         "scalars": {key: value for key, value in summary.items() if not isinstance(value, list | dict)},
         "config": {name: group for name, group in run.config.items() if isinstance(group, dict)},
         "env": run.env,
@@ -102,7 +88,7 @@ def _facts(run: RunFolder) -> dict[str, Any]:
         "crop": run.setting("train", "size"),
         "seed": run.setting("train", "seed"),
         "backend": run.summary.get("backend"),
-        "time": _duration(seconds) if seconds is not None else None,
+        "time": duration(seconds) if seconds is not None else None,
         "speed": f"{number(speed)} images/s" if speed is not None else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
@@ -140,6 +126,8 @@ def _notes(run: RunFolder) -> list[str]:
         notes.append(f"Training diverged: the loss is not finite in {len(wrong)} logged steps, first in step {first}.")
     if run.setting("method", "supervision") == "full":
         notes.append("Trained on ground-truth masks (--method.supervision full): the ceiling, not the method.")
+    elif run.summary.get("ground_truth_used"):
+        notes.append("Ground-truth masks were used on the way to this run: for a threshold or an earlier stage.")
     if not run.examples:
         notes.append("There are no examples: previews/final/index.json is absent or empty.")
     if not run.env:
@@ -178,15 +166,6 @@ def _figures(figures: Sequence[Figure], rows: list[dict[str, Any]]) -> list[dict
     return charts
 
 
-def _classes(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """Name and CSS colour of every class; numbers and grey where the summary does not say."""
-    per_class = [len(scores) for scores in (summary.get("per_class") or {}).values() if scores]
-    names = summary.get("classes") or [f"class {k}" for k in range(max(per_class, default=0))]
-    colors = [f"rgb({int(r)} {int(g)} {int(b)})" for r, g, b in summary.get("palette") or []]
-    colors += ["gray"] * (len(names) - len(colors))
-    return [{"name": str(name), "color": color} for name, color in zip(names, colors, strict=False)]
-
-
 def _per_class(summary: dict[str, Any], classes: list[dict[str, str]]) -> dict[str, Any]:
     """`columns`: the measures that have per-class scores; `rows`: class and scores (None where there is none)."""
     scores = summary.get("per_class") or {}
@@ -196,58 +175,3 @@ def _per_class(summary: dict[str, Any], classes: list[dict[str, str]]) -> dict[s
         for k, entry in enumerate(classes)
     ]
     return {"columns": columns, "rows": rows if columns else []}
-
-
-def _confusion(summary: dict[str, Any], classes: list[dict[str, str]]) -> Markup | None:
-    counts = np.array(summary.get("confusion") or [], dtype=np.int64)
-    if counts.shape != (len(classes), len(classes)) or not counts.any():
-        return None
-    return Markup(confusion_chart(counts, [entry["name"] for entry in classes]))
-
-
-def _example(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """One image of the gallery: its panels as data URIs (None where the file is gone), each with its IoU."""
-    iou = entry.get("iou") or {}
-    panels = [
-        {"name": name, "uri": _data_uri(folder / Path(file).name), "iou": finite(iou, name), "scored": name in iou}
-        for name, file in entry["panels"].items()
-    ]
-    return {"id": entry["id"], "tags": entry.get("tags") or [], "panels": panels}
-
-
-def _data_uri(path: Path) -> str | None:
-    """A small copy of a picture: PNG where it has few colours, as masks do, else JPEG."""
-    if not path.is_file():
-        return None
-    try:
-        image = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from error
-    flat = image.getcolors(256) is not None
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    if flat:
-        image.quantize(256).save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=88)
-    return f"data:image/{'png' if flat else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, float):
-        return number(value, 4).removesuffix(".000")
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "unset" if value is None else str(value)

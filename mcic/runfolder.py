@@ -26,6 +26,7 @@ class RunFolder:
         evaluations: `evaluations.jsonl`, likewise.
         summary: `summary.json`, the final scores.
         examples: entries of `previews/final/index.json`, as `preview.write_examples` wrote them.
+        readings: `previews/final/readings.json`, likewise: what their pixels read from the bank.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class RunFolder:
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
     examples: list[dict[str, Any]]
+    readings: dict[str, Any]
 
     def setting(self, group: str, name: str) -> Any:
         """A value of the configuration, or None."""
@@ -60,6 +62,7 @@ def read_run(path: Path) -> RunFolder:
         evaluations=_read_lines(path / "evaluations.jsonl"),
         summary=_read(path / "summary.json", dict),
         examples=_read(path / EXAMPLES / "index.json", list),
+        readings=_read(path / EXAMPLES / "readings.json", dict),
     )
 
 

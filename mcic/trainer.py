@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -188,9 +189,9 @@ class Trainer:
         log.message("Evaluating")
         masks = {}
         if self.config.eval.mask_images:
-            self.data.train.subset(self.config.eval.mask_images)
-            items = self._items(self.data.train)
-            masks = evaluate_masks(self.model, self.objective, items, device=self.device)
+            measured = copy.copy(self.data.train)  # the whole set stays: the bank's ids are places in it
+            measured.subset(self.config.eval.mask_images)
+            masks = evaluate_masks(self.model, self.objective, self._items(measured), device=self.device)
         config = self.config
         summary = {
             "preset": config.preset,
@@ -229,9 +230,8 @@ class Trainer:
 
     def _close(self, summary: dict[str, Any], log: RunLog) -> None:
         if self.config.run.previews:
-            chosen = range(min(12, len(self.data.train)))
-            items = eval_items(self.data.train, self.saliency, indices=chosen)
-            draw_examples(self.folder, self.model, self.objective, items, self.data.train, device=self.device)
+            train = self.data.train
+            draw_examples(self.folder, self.model, self.objective, train, self.saliency, device=self.device)
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         log.table("Results", summary_rows(summary))
         if self.config.run.report:

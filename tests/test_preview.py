@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcic.preview import Example, colorize, contact_sheet, heat, ignore_hatch, overlay, write_examples
+from mcic.preview import (
+    CellReading,
+    Example,
+    Source,
+    colorize,
+    contact_sheet,
+    heat,
+    ignore_hatch,
+    overlay,
+    write_examples,
+)
 
 PALETTE = np.array([[0, 0, 0], [200, 30, 30], [20, 120, 220]], dtype=np.uint8)
 GREY = np.full((12, 10, 3), 100, dtype=np.uint8)
@@ -98,3 +108,26 @@ def test_examples_are_stored_and_replaced(tmp_path):
     assert {path.name for path in folder.glob("*.png")} == set(index[0]["panels"].values())
     for name, pixels in {"image": GREY, **panels}.items():
         np.testing.assert_array_equal(np.asarray(Image.open(folder / index[0]["panels"][name])), pixels)
+
+
+def test_readings_are_stored_beside_the_examples_and_replaced(tmp_path):
+    reading = CellReading(np.array([[[3, 1], [1, 3]]]), np.array([[[0.75, 0.1], [0.33333, 0.2]]]))
+    examples = [Example("a", (), GREY, {}, {}, 12.5, reading), Example("b", (), GREY, {}, {})]
+    sources = [Source("cat", f"img/{number}", number) for number in range(4)]
+    write_examples(tmp_path, examples, sources=sources, thumbnails={"img/3": GREY})
+    folder = tmp_path / "previews" / "final"
+    assert [entry["uncertainty"] for entry in json.loads((folder / "index.json").read_text())] == [12.5, None]
+    assert json.loads((folder / "readings.json").read_text()) == {
+        "sources": [
+            {"class": "cat", "image": "img/1", "contexts": 1},
+            {"class": "cat", "image": "img/3", "contexts": 3},
+        ],
+        "readings": [
+            {"rows": 1, "columns": 2, "sources": [1, 0, 0, 1], "weights": [7500, 1000, 3333, 2000]},
+            None,
+        ],
+        "thumbnails": {"img/3": "bank-000.png"},
+    }
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "bank-000.png")), GREY)
+    write_examples(tmp_path, examples[1:])
+    assert {path.name for path in folder.iterdir()} == {"index.json", "000-image.png"}

@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -10,8 +12,10 @@ import pytest
 import yaml
 
 from mcic.charts import Line, confusion_chart, line_chart, number, ticks
-from mcic.preview import Example, colorize, heat, overlay, write_examples
+from mcic.cli.report import main
+from mcic.preview import CellReading, Example, Source, colorize, heat, overlay, write_examples
 from mcic.report import write_report
+from mcic.report_comparison import write_comparison
 
 CLASSES = ["background", "circle", "<b>bold</b>", "star & moon", "cross", "ring", "arrow"]
 PALETTE = [[0, 0, 0], [226, 88, 62], [66, 135, 201], [240, 180, 41], [92, 168, 90], [150, 98, 190], [60, 180, 180]]
@@ -38,8 +42,19 @@ def make_run(folder: Path, *, steps: int = 300, complete: bool = True) -> Path:
         (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations))
         (folder / "env.json").write_text(json.dumps({"python": "3.12", "torch": "2.13.0", "commit": "abc123"}))
         (folder / "summary.json").write_text(json.dumps(make_summary()))
-        write_examples(folder, [make_example(i) for i in range(3)])
+        write_gallery(folder)
     return folder
+
+
+def write_gallery(folder: Path, count: int = 3, *, bank: bool = True) -> None:
+    """Examples of a run; with `bank` also what they read, see `make_reading`."""
+    sources = [
+        Source(CLASSES[1], "shapes-0000", 2), Source("background", "far </script><i>away</i>", 1),
+        Source(CLASSES[2], None, 3), Source(CLASSES[3], "never read", 1),
+    ]  # fmt: skip
+    examples = [make_example(i, bank=bank) for i in range(count)]
+    thumbnail = {"shapes-0000": examples[0].pixels[::4, ::4]}
+    write_examples(folder, examples, sources=sources if bank else (), thumbnails=thumbnail if bank else {})
 
 
 def _metrics(step: int, steps: int, rng: np.random.Generator) -> dict[str, float]:
@@ -73,13 +88,22 @@ def make_summary() -> dict[str, object]:
     }  # fmt: skip
 
 
-def make_example(number: int, side: int = 96) -> Example:
+def make_reading() -> CellReading:
+    """4×6 cells, all alike but for (0, 0), which reads nothing but source 2, and (1, 4), which reads mostly source 1."""
+    sources = np.tile([0, 1], (4, 6, 1))
+    weights = np.tile([0.6, 0.25], (4, 6, 1))
+    sources[0, 0], weights[0, 0] = [2, 0], [1.0, 0.0]
+    sources[1, 4], weights[1, 4] = [1, 0], [0.875, 0.1]
+    return CellReading(sources, weights)
+
+
+def make_example(number: int, side: int = 96, *, bank: bool = True) -> Example:
     rng = np.random.default_rng(number)
     y, x = np.mgrid[:side, :side]
     ground = rng.integers(60, 170, 3)
     pixels = np.clip(ground + 25 * np.sin(x / 5 + number)[..., None] + rng.normal(0, 10, (side, side, 3)), 0, 255)
     truth = np.zeros((side, side), dtype=np.uint8)
-    for label in (1 + number, 2 + number):
+    for label in (1 + number % 5, 2 + number % 5):
         cy, cx = rng.uniform(25, side - 25, 2)
         radius = rng.uniform(14, 24)
         disk = np.hypot(y - cy, x - cx) < radius
@@ -95,8 +119,12 @@ def make_example(number: int, side: int = 96) -> Example:
         "prediction": overlay(pixels, truth, palette),
         "ground truth": colorize(truth, palette),
     }
-    tags = (CLASSES[1 + number], CLASSES[2 + number])
-    return Example(f"shapes-{number:04d}", tags, pixels, panels, {"CAM mask": 41.2, "prediction": None})
+    tags = (CLASSES[1 + number % 5], CLASSES[2 + number % 5])
+    iou = {"CAM mask": 41.2 + number, "prediction": None if number == 1 else 70.0 - 3 * number}
+    return Example(
+        f"shapes-{number:04d}", tags, pixels, panels, iou,
+        uncertainty=[20.5, 5.25, 31.0][number % 3], reading=make_reading() if bank else None,
+    )  # fmt: skip
 
 
 class Balance(HTMLParser):
@@ -125,7 +153,7 @@ class Balance(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
 
     def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.text.append(data)
 
 
@@ -159,7 +187,19 @@ def test_full_report_shows_every_section(full):
 def test_report_loads_nothing(full):
     page, parsed = full
     assert [load for load in parsed.loads if not load.startswith(("#", "data:"))] == []
-    assert not re.search(r"https?://|@import|url\(|<script", page, re.IGNORECASE)
+    assert not re.search(r"https?://|@import|url\(|\bfetch\(|XMLHttp|import\(", page, re.IGNORECASE)
+
+
+def test_only_the_page_s_own_script_may_run(full):
+    page, parsed = full
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert policy.startswith("default-src 'none';")
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "innerHTML" not in scripts[0]
+    assert parsed.tags.count("script") == 2  # and its data
 
 
 def test_report_escapes_what_it_is_given(full):
@@ -167,8 +207,55 @@ def test_report_escapes_what_it_is_given(full):
     assert "<b>bold</b>" not in page
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     assert "star &amp; moon" in page
-    assert "script" not in parsed.tags
+    assert parsed.tags.count("i") == 5  # the scale of the bars: none came with the data
     assert "<b>bold</b>" in "".join(parsed.text)
+
+
+def gallery_data(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="gallery-data">(.*?)</script>', page).group(1))
+
+
+def test_gallery_data_are_what_the_run_stored(full):
+    data = gallery_data(full[0])
+    names = [entry["name"] for entry in data["classes"]]
+    assert names == CLASSES
+    assert [example["id"] for example in data["examples"]] == ["shapes-0000", "shapes-0001", "shapes-0002"]
+    assert [example["tags"] for example in data["examples"]] == [[1, 2], [2, 3], [3, 4]]
+    labels = re.findall(r'<option value="\d+"(?: data-descending)?>([^<]*)</option>', full[0])
+    keys = dict(zip(labels, zip(*(example["keys"] for example in data["examples"]), strict=True), strict=True))
+    assert keys == {
+        "order of the data": (0, 1, 2), "uncertainty": (20.5, 5.25, 31.0), "IoU of the prediction": (70.0, None, 64.0),
+        "IoU of the CAM mask": (41.2, 42.2, 43.2), "class": (0, 1, 2),
+    }  # fmt: skip
+    first = data["examples"][0]["readings"][0]
+    assert (first["rows"], first["columns"]) == (4, 6)
+    assert first["sources"][:4] == [2, 0, 0, 1]
+    assert first["weights"][:4] == [10000, 0, 6000, 2500]
+    assert data["sources"] == [[[1, 0, 2], [0, 1, 1], [2, -1, 3]]]  # what was never read is not stored
+    assert [image["name"] for image in data["images"]] == ["shapes-0000", "far </script><i>away</i>"]
+    assert data["images"][0]["uri"].startswith("data:image/")
+    assert data["images"][1]["uri"] is None
+
+
+@pytest.mark.parametrize("lost", ["readings.json", "keys", "truth"])
+def test_examples_of_runs_that_know_less(tmp_path, lost):
+    run = make_run(tmp_path / "run", steps=1)
+    final = run / "previews" / "final"
+    if lost == "readings.json":  # a run without a bank, or an older one
+        write_gallery(run, bank=False)
+        assert not (final / "readings.json").exists()
+    index = json.loads((final / "index.json").read_text())
+    for entry in index:
+        if lost == "keys":
+            del entry["uncertainty"]
+        if lost == "truth":
+            entry["iou"] = dict.fromkeys(entry["iou"])
+    (final / "index.json").write_text(json.dumps(index))
+    page, parsed = read(write_report(run))
+    assert page.count('<article class="example"') == 3
+    assert ("Click into a picture" in "".join(parsed.text)) == (lost != "readings.json")
+    assert (">uncertainty</option>" in page) == (lost != "keys")
+    assert (">IoU of the prediction</option>" in page) == (lost != "truth")
 
 
 def test_interrupted_run_is_reported_with_what_it_has(tmp_path):
@@ -258,6 +345,7 @@ def test_missing_files_are_named(tmp_path):
         ("metrics.jsonl", '{"step": 1}\noops\n', r"line 2, is not JSON"),
         ("metrics.jsonl", "3\n", r"line 1: expected an object, got int"),
         ("previews/final/000-image.png", "no picture", r"000-image\.png is no readable picture"),
+        ("previews/final/readings.json", "{", r"readings\.json cannot be read"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -313,3 +401,103 @@ def test_confusion_is_in_percent_of_the_truth():
     assert "cat → cat: 75.0 % of the true pixels (30)" in svg
     assert "cat → dog: 25.0 % of the true pixels (10)" in svg
     assert svg.count('class="cell"') == 2
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two finished runs and one that has just begun, side by side."""
+    folder = tmp_path_factory.mktemp("comparison")
+    runs = [make_run(folder / name / "run") for name in ("a", "b")] + [make_run(folder / "new", complete=False)]
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    config["method"]["rules"] = "<authors>"
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    (runs[1] / "summary.json").write_text(json.dumps(make_summary() | {"val/miou": 69.7, "train/mask_miou_cam": 50.0}))
+    return read(write_comparison(runs, out=folder / "comparison.html"))
+
+
+def test_comparison_names_differences(compared):
+    page, parsed = compared
+    text = " ".join("".join(parsed.text).split())
+    assert "a/run" in text
+    assert "b/run" in text
+    assert "the network of b/run is best with 69.7 mIoU, 2.5 points above a/run" in text
+    row = re.search(r'<th scope="row">Network alone</th>(.*?)</tr>', page).group(1)
+    assert re.findall(r'class="n( best)?">([^<]*?) ?(?:<small>([^<]*)</small>)?</td>', row) == [
+        ("", "67.2", ""), (" best", "69.7", "+2.5"), ("", "–", ""),
+    ]  # fmt: skip
+    settings = re.search(r'<table class="settings">(.*?)</table>', page, re.DOTALL).group(1)
+    assert re.findall(r'<th scope="row">([^<]*)', settings) == ["method.rules"]
+    assert "<mark>&lt;authors&gt;</mark>" in settings
+    assert "new is unfinished" in text
+
+
+def test_comparison_lays_curves_over_each_other(compared):
+    page, _ = compared
+    chart = re.search(r'<svg class="chart"[^>]*aria-label="Loss terms: total">(.*?)</svg>', page, re.DOTALL).group(1)
+    assert re.findall(r'<polyline class="curve" stroke="var\(--(run-\d)\)"', chart) == ["run-0", "run-1", "run-2"]
+    assert page.count('class="confusion"') == 2
+    assert 'id="gallery"' not in page  # no image is in the gallery of all three
+
+
+def test_comparison_puts_every_value_at_its_step(tmp_path):
+    runs = [make_run(tmp_path / name, steps=1) for name in "ab"]
+    for run, every in zip(runs, (1, 2), strict=True):
+        rows = [{"step": step, "grad_norm": step / 4} for step in range(every, 5, every)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_comparison(runs, out=tmp_path / "comparison.html").read_text()
+    titles = [title for title in re.findall("<title>(step [^<]*)", page) if "val" not in title][-4:]
+    assert titles == [
+        "step 1\na: 0.2500", "step 2\na: 0.5000\nb: 0.5000", "step 3\na: 0.7500", "step 4\na: 1.000\nb: 1.000",
+    ]  # fmt: skip
+
+
+def test_comparison_shares_the_gallery(tmp_path):
+    runs = [make_run(tmp_path / name, steps=1) for name in "ab"]
+    index = json.loads((runs[1] / "previews/final/index.json").read_text())
+    del index[0]["panels"]["heatmap"]
+    index[0]["iou"]["prediction"] = 30.0
+    index[2]["id"] = "elsewhere"
+    (runs[1] / "previews/final/index.json").write_text(json.dumps(index))
+    page, _ = read(write_comparison(runs, out=tmp_path / "comparison.html"))
+    data = gallery_data(page)
+    assert [example["id"] for example in data["examples"]] == ["shapes-0000", "shapes-0001"]
+    assert page.count('<div class="row">') == 4
+    assert page.count("<img") == 19
+    assert len(data["images"]) == 2  # the same in both banks, embedded once
+    labels = re.findall(r'<option value="\d+"(?: data-descending)?>([^<]*)</option>', page)
+    spread = labels.index("difference between the runs")
+    assert [example["keys"][spread] for example in data["examples"]] == [40.0, None]
+
+
+def test_large_comparisons_show_fewer_examples(tmp_path):
+    runs = [make_run(tmp_path / name, steps=1) for name in "abc"]
+    for run in runs:
+        write_gallery(run, 20, bank=False)
+    page, _ = read(write_comparison(runs, out=tmp_path / "comparison.html"))
+    chosen = [int(example["id"][-4:]) for example in gallery_data(page)["examples"]]
+    assert len(chosen) == 12
+    assert (chosen[0], chosen[-1]) == (0, 19)
+
+
+def test_command_writes_where_it_is_told_and_over_no_other_file(tmp_path, monkeypatch, capsys):
+    runs = [str(make_run(tmp_path / name, steps=1)) for name in "ab"]
+    monkeypatch.chdir(tmp_path)
+    main(runs)
+    main([runs[0], "--out", "page.html"])
+    main([runs[0], "--out", "page.html"])  # over our own page
+    assert capsys.readouterr().out.split() == ["comparison.html", "page.html", "page.html"]
+    (tmp_path / "notes.html").write_text("mine")
+    for out, message in (
+        ("notes.html", "is no report"),
+        ("nowhere/page.html", "there is no folder"),
+        (".", "no report"),
+    ):
+        for chosen in (runs, runs[:1]):
+            with pytest.raises(ValueError, match=message):
+                main([*chosen, "--out", out])
+    assert (tmp_path / "notes.html").read_text() == "mine"
+    with pytest.raises(ValueError, match="two or more different runs"):
+        main([runs[0], runs[0]])
+    with pytest.raises(ValueError, match=r"a run's folder|required"):
+        main([])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "comparison.html", "notes.html", "page.html"]
