@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mcic.build import PRECISIONS, choose_device
 from mcic.checkpoint import NETWORK, load_network
-from mcic.data.images import IMAGENET_MEAN, IMAGENET_STD, to_rgb, read_image
+from mcic.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image, to_rgb
 from mcic.data.transforms import BILINEAR, reduced
 from mcic.inference import PROTOCOLS, dense_protocol
 from mcic.model import SegmentationNetwork

@@ -177,7 +177,7 @@ class TestMain:
 
     def test_report(self, library, tmp_path, capsys):
         (tmp_path / "config.yaml").touch()
-        library("mcic.report", write_report=lambda run: run / "report.html")
+        library("mcic.report", write_report=lambda run, out=None: run / "report.html")
         assert main(["report", str(tmp_path)]) == 0
         assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
 

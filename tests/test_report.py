@@ -89,7 +89,7 @@ def make_summary() -> dict[str, object]:
 
 
 def make_reading() -> CellReading:
-    """4×6 cells, all alike but for (0, 0), which reads nothing but source 2, and (1, 4), which reads mostly source 1."""
+    """4×6 cells, all alike but for (0, 0), which reads only source 2, and (1, 4), which reads mostly source 1."""
     sources = np.tile([0, 1], (4, 6, 1))
     weights = np.tile([0.6, 0.25], (4, 6, 1))
     sources[0, 0], weights[0, 0] = [2, 0], [1.0, 0.0]

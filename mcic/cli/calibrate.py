@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
     setup_logging()
     result = calibrate(run, masks=args.masks, device=args.device)
     flag = f"--method.{result.field.replace('_', '-')}"
-    unit = "mIoU of the annotated images" if result.ground_truth_used else "information about colours times contrast of borders"
+    unit = (
+        "mIoU of the annotated images" if result.ground_truth_used else "information of colours × contrast of borders"
+    )
     notes = {result.current: "this run's"} | {result.chosen: "best"}
     rows = [
         (f"{flag} {value:g}", f"{score:.1f}" if result.ground_truth_used else f"{score:.4f}", notes.get(value, ""))

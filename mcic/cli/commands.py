@@ -17,7 +17,7 @@ COMMANDS = {
     "retrain": ("RUN [--group.field VALUE …]", "train a plain network on the masks of mcic masks RUN"),
     "predict": ("MODEL IMAGES… --out DIR", "masks, pictures and class areas of new images"),
     "export": ("RUN --out DIR", "the network as safetensors, torch.export and ONNX, with a model card"),
-    "report": ("RUN", "write a run's report.html again"),
+    "report": ("RUN [RUN …] [--out FILE]", "the page of a run, or one page that compares several"),
 }
 """name → (what it takes, what it does)"""
 
