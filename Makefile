@@ -1,4 +1,4 @@
-# make train | test | lint: everything else, the virtual environment included, follows.
+# make train | test | test-faults | lint: everything else, the virtual environment included, follows.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +6,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: train test lint clean
+.PHONY: train test test-faults lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m faults -s
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

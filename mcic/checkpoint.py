@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mcic import __version__
+from mcic.durable import new_folder, write_text, write_with
 from mcic.model import MCIC, NetworkSpec, SegmentationNetwork
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+"""bytes and SHA-256 of a checkpoint's other files"""
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""as safetensors names them"""
 
 NETWORK = "network"
 """stem of the two files of the test-time network"""
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> Path:
-    """Write `folder/step-<step>`, then remove all but the newest `keep` checkpoints.
+    folder: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int,
+    random_states: list[Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Write `folder/step-<step>`, then remove all but the newest `keep` checkpoints and the best one.
 
-    The folder appears under its name only when it is complete.
+    The folder appears under its name when every byte is on the disk; `manifest.json` in it holds the SHA-256 of its
+    files. What cannot be written leaves nothing behind, and the checkpoints that are there as they were.
+
+    Args:
+        folder: of all checkpoints.
+        step: updates so far.
+        model: weights, moving average and bank.
+        optimizer: SGD; its momentum is kept.
+        state: further entries of `state.json`; the largest `score` in it marks the best checkpoint.
+        keep: how many of the newest stay.
+        random_states: of every rank's generator, uint8.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
     """
     target = folder / f"step-{step:08d}"
-    partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
-    save_file(_momentum(optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if _is_whole(target):
+        return target  # of a run that was stopped there and continued: the same numbers
+    try:
+        with new_folder(target) as partial:
+            save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
+            save_file(_momentum(optimizer), partial / "optimizer.safetensors")
+            states = {f"rank_{rank}": numbers for rank, numbers in enumerate(random_states or [])}
+            save_file(states, partial / "random.safetensors")
+            (partial / "state.json").write_text(json.dumps({"step": step, **state}))
+            files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+            (partial / MANIFEST).write_text(json.dumps({"files": files, "sha256": _digest_of(files)}))
+    except (OSError, SafetensorError) as error:
+        newest = checkpoints(folder)[-1:]
+        whole = f"the newest whole checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+        raise OSError(f"the checkpoint of step {step} could not be written to {folder}: {error}; {whole}") from error
+    _prune(folder, keep)
     return target
 
 
@@ -46,54 +79,156 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written, or None where there is none at all.
+
+    Raises:
+        ValueError: there are checkpoints and none is whole; names what is wrong with the newest.
+    """
+    found, problems = checkpoints(folder), []
+    for path in reversed(found):
+        try:
+            verify_checkpoint(path)
+        except ValueError as error:
+            logger.warning("%s; going back to the checkpoint before it", error)
+            problems.append(str(error))
+        else:
+            return path
+    if problems:
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is whole: {problems[0]}")
+    return None
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        ValueError: names the file that is missing, truncated or changed.
+    """
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} is no checkpoint, or not a whole one: expected a folder with {MANIFEST}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files = manifest["files"]
+        damaged = manifest["sha256"] != _digest_of(files)
+    except (ValueError, TypeError, KeyError):
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path / MANIFEST} is damaged: it is not what was written")
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{file} is truncated or damaged: {file.stat().st_size} bytes, not {entry['bytes']}")
+        if _digest(file) != entry:
+            raise ValueError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except ValueError:
+        return False
+    return True
+
+
 def load_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Put a checkpoint back into model and (where given) optimizer; returns its state, with `step`.
 
     Raises:
-        ValueError: not a checkpoint, or one of another model.
+        ValueError: not a checkpoint, a damaged one, or one of another model.
     """
-    state_file = path / "state.json"
-    if not state_file.is_file():
-        raise ValueError(f"{path} is no checkpoint: expected a folder with model.safetensors and state.json")
-    load_weights(model, load_file(path / "model.safetensors"), source=path)
+    verify_checkpoint(path)
+    weights = path / "model.safetensors"
+    _check_fit(_shapes(weights), model, source=path)
+    model.load_state_dict(load_file(weights))
     if optimizer is not None:
-        _load_momentum(optimizer, load_file(path / "optimizer.safetensors"))
-    return json.loads(state_file.read_text())
+        _load_momentum(optimizer, path / "optimizer.safetensors")
+    return json.loads((path / "state.json").read_text())
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:
-    """Copy weights by name; every name and shape must fit.
+def load_random_state(path: Path, rank: int) -> Tensor | None:
+    """The state of a rank's generator, uint8, or None where fewer ranks wrote the checkpoint."""
+    return load_file(path / "random.safetensors").get(f"rank_{rank}")
+
+
+def _prune(folder: Path, keep: int) -> None:
+    found = checkpoints(folder)
+    scores = {path: _score(path) for path in found}
+    best = max((path for path in found if scores[path] is not None), key=scores.__getitem__, default=None)
+    for path in found[:-keep]:
+        if path != best:
+            shutil.rmtree(path, ignore_errors=True)  # one that stays is only too many
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while it wrote
+
+
+def _score(path: Path) -> float | None:
+    try:
+        return json.loads((path / "state.json").read_text()).get("score")
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _digest_of(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _shapes(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of every tensor in a file, from its header alone."""
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Copy the weights of a safetensors file by name; every name, shape and dtype must fit.
 
     Raises:
-        ValueError: names what is missing, surplus or of another shape.
+        ValueError: names what is missing, surplus or of another shape, before any tensor is read.
     """
-    own = module.state_dict()
-    missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    _check_fit(_shapes(path), module, source=path.parent)
+    module.load_state_dict(load_file(path))
+
+
+def _check_fit(
+    shapes: dict[str, tuple[list[int], str]], module: nn.Module, *, source: Path, but: Collection[str] = ()
+) -> None:
+    own = {name: tensor for name, tensor in module.state_dict().items() if name not in but}
+    missing, surplus = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
     misfits = [
-        f"{name} is {list(weights[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(own.keys() & weights.keys())
-        if own[name].shape != weights[name].shape
+        f"{name} is {shapes[name][0]} {shapes[name][1]}, expected {list(own[name].shape)} {_DTYPES[own[name].dtype]}"
+        for name in sorted(own.keys() & shapes.keys())
+        if shapes[name] != (list(own[name].shape), _DTYPES[own[name].dtype])
     ]
     problems = [f"{len(names)} {kind} ({_some(names)})" for kind, names in
                 (("missing", missing), ("surplus", surplus), ("misfitting", misfits)) if names]  # fmt: skip
     if problems:
         raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}")
-    module.load_state_dict(weights)
 
 
 def load_initial(model: MCIC, path: Path) -> None:
     """`run.init-from`: weights of a checkpoint (but its bank), or of an exported network, into a fresh model."""
     if (path / f"{NETWORK}.safetensors").is_file():
-        load_weights(model.network, load_file(path / f"{NETWORK}.safetensors"), source=path)
+        load_weights(model.network, path / f"{NETWORK}.safetensors")
         if model.ema is not None:
             model.ema.load_state_dict(model.network.state_dict())
         return
     if not (path / "model.safetensors").is_file():
         raise ValueError(f"--run.init-from {path}: expected a checkpoint folder, or one with {NETWORK}.safetensors")
-    own = model.state_dict()
-    weights = load_file(path / "model.safetensors")
-    kept = {name: own[name] for name in own if name.startswith("memory.")}
-    load_weights(model, {**{n: w for n, w in weights.items() if not n.startswith("memory.")}, **kept}, source=path)
+    verify_checkpoint(path)
+    own, weights = model.state_dict(), path / "model.safetensors"
+    bank = {name for name in own if name.startswith("memory.")}
+    shapes = {name: shape for name, shape in _shapes(weights).items() if not name.startswith("memory.")}
+    _check_fit(shapes, model, source=path, but=bank)
+    stored = load_file(weights)
+    model.load_state_dict({name: own[name] if name in bank else stored[name] for name in own})
 
 
 def save_network(
@@ -117,12 +252,9 @@ def save_network(
         "palette": [list(map(int, color)) for color in palette], "long_side": long_side,
         "input": "RGB / 255, ImageNet mean (0.485, 0.456, 0.406) taken out, over deviation (0.229, 0.224, 0.225)",
     }  # fmt: skip
-    weights, description = folder / f"{NETWORK}.safetensors", folder / f"{NETWORK}.json"
-    temporary = folder / f".{NETWORK}.partial"
-    save_file(_contiguous(network.state_dict()), temporary)
-    os.replace(temporary, weights)
-    temporary.write_text(json.dumps(card, indent=1, ensure_ascii=False))
-    os.replace(temporary, description)
+    weights = folder / f"{NETWORK}.safetensors"
+    write_with(weights, lambda path: save_file(_contiguous(network.state_dict()), path))
+    write_text(folder / f"{NETWORK}.json", json.dumps(card, indent=1, ensure_ascii=False))
     return weights
 
 
@@ -138,7 +270,7 @@ def load_network(folder: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     card = json.loads(description.read_text())
     spec = NetworkSpec(card["backbone"], card["output_stride"], card["segmentation_head"], card["num_classes"])
     network = SegmentationNetwork(spec)
-    load_weights(network, load_file(folder / f"{NETWORK}.safetensors"), source=folder)
+    load_weights(network, folder / f"{NETWORK}.safetensors")
     return network.eval(), card
 
 
@@ -149,10 +281,15 @@ def _momentum(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return _contiguous({place: buffer for place, buffer in buffers.items() if buffer is not None})
 
 
-def _load_momentum(optimizer: torch.optim.Optimizer, buffers: dict[str, Tensor]) -> None:
-    state = optimizer.state_dict()
-    state["state"] = {int(place): {"momentum_buffer": buffer} for place, buffer in buffers.items()}
-    optimizer.load_state_dict(state)
+def _load_momentum(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, (shape, dtype) in _shapes(path).items():
+        if not (name.isdecimal() and int(name) < len(parameters) and shape == list(parameters[int(name)].shape)):
+            raise ValueError(f"{path} does not fit this optimizer: its momentum {name} is {shape} {dtype}")
+    for name, buffer in load_file(path).items():
+        parameter = parameters[int(name)]
+        # In the parameter's order of dimensions, which the fused update takes for granted.
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -197,6 +197,8 @@ class TrainConfig:
     """updates over which the learning rate grows linearly from 0"""
     clip_grad: float | None = None
     """largest norm of the gradient; unset: no clipping"""
+    max_nonfinite: int = 10
+    """updates in a row whose gradient may be not finite (they are skipped) before the run ends"""
     size: int | None = 321
     """side of the square training crop, pixels: a multiple of the output stride plus 1; unset: from the images"""
     scale: tuple[float, float] = (0.5, 1.5)
@@ -217,7 +219,7 @@ class TrainConfig:
     """seed of weights, data order, augmentation and dropout"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "size"):
+        for name in ("epochs", "batch_size", "accumulate", "size", "max_nonfinite"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name.replace('_', '-')}", "1 or more", value)
         for name in ("lr", "new_layer_lr", "lr_power"):
@@ -265,7 +267,9 @@ class RunConfig:
     init_from: str | None = None
     """start from the weights of this checkpoint or exported network, with new optimizer and bank"""
     keep: int = 2
-    """checkpoints kept"""
+    """newest checkpoints kept, 2 or more; the best on val stays too"""
+    checkpoint_every: int = 0
+    """updates between checkpoints within an epoch; 0: at the end of every epoch only"""
     log_every: int = 1
     """steps between lines of metrics.jsonl"""
     previews: int = 4
@@ -276,7 +280,8 @@ class RunConfig:
     """write report.html"""
 
     def __post_init__(self) -> None:
-        _require(self.keep >= 1, "run.keep", "1 or more", self.keep)
+        _require(self.keep >= 2, "run.keep", "2 or more", self.keep)
+        _require(self.checkpoint_every >= 0, "run.checkpoint-every", "0 or more", self.checkpoint_every)
         _require(self.previews >= 0, "run.previews", "0 or more", self.previews)
         _require(self.log_every >= 1, "run.log-every", "1 or more", self.log_every)
 

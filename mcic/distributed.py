@@ -89,4 +89,5 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in group])
         dist.all_reduce(flat)
         for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
-            parameter.grad = part.view_as(parameter)
+            # In the parameter's order of dimensions, which the fused update takes for granted.
+            parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))

@@ -46,7 +46,8 @@ class RunLog:
     """The records of a run in `folder`; `enabled=False` (ranks above 0) writes and prints nothing.
 
     With `start_step` 0 the records begin anew. A resumed run gives the step of its checkpoint: what was recorded
-    after it is dropped, with a last line that an interruption tore, so every step stands there once.
+    after it is dropped, with a last line that an interruption tore, so every step stands there once. Evaluations are
+    kept up to `evaluated_step` (default: the same), those that will not be made again.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RunLog:
         tensorboard: bool,
         total_steps: int,
         start_step: int = 0,
+        evaluated_step: int | None = None,
         enabled: bool = True,
         console: Console | None = None,
     ) -> None:
@@ -66,7 +68,9 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._console = console or _console()
         self._metrics = JsonLines(folder / "metrics.jsonl", last_step=start_step)
-        self._evaluations = JsonLines(folder / "evaluations.jsonl", last_step=start_step)
+        self._evaluations = JsonLines(
+            folder / "evaluations.jsonl", last_step=start_step if evaluated_step is None else evaluated_step
+        )
         self._tensorboard = _summary_writer(folder / "tensorboard", start_step) if tensorboard else None
         self._eta = _Eta(total_steps)
         self._display: _Display = (_Bar if self._console.is_terminal else _Lines)(self._console, total_steps)

@@ -13,8 +13,8 @@ def build_optimizer(
 ) -> torch.optim.SGD:
     """SGD in which layers that start from scratch learn `new_layer_lr` times as fast as pretrained ones.
 
-    Every group keeps its base rate as `initial_lr`; `set_lr` scales it. On a GPU the rate is a tensor there and the
-    update fused, so that a step can be recorded as a graph.
+    Every group keeps its base rate as `initial_lr`; `set_lr` scales it. The update is fused, so that the device can
+    skip it, and on a GPU the rate is a tensor there, so that a step can be recorded as a graph. Momentum begins at 0.
     """
     pretrained = list(model.network.backbone.parameters()) if model.network.backbone.pretrained else []
     known = set(map(id, pretrained))
@@ -26,10 +26,12 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     device = groups[0]["params"][0].device
-    on_gpu = device.type == "cuda"
-    for group in groups if on_gpu else ():
+    for group in groups if device.type == "cuda" else ():
         group["lr"] = torch.tensor(group["lr"], device=device)
-    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=on_gpu)
+    optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+    for parameter in (p for group in groups for p in group["params"] if momentum):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -16,7 +16,14 @@ from torch import Tensor
 from mcic import distributed
 from mcic.build import PRECISIONS, build_model, choose_device, peak_memory, seed_everything
 from mcic.calibrate import apply_calibration, read_calibration
-from mcic.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint, save_network
+from mcic.checkpoint import (
+    load_checkpoint,
+    load_initial,
+    load_random_state,
+    newest_good,
+    save_checkpoint,
+    save_network,
+)
 from mcic.config import Config
 from mcic.config_io import load_config, save_config
 from mcic.data import (
@@ -31,7 +38,9 @@ from mcic.data import (
     eval_items,
 )
 from mcic.defaults import fill_unset, settle
+from mcic.durable import write_text
 from mcic.evaluate import evaluate_masks, evaluate_network, share_of_rank, summarize
+from mcic.guard import NonFiniteGuard
 from mcic.log import RunLog, environment
 from mcic.measures import summary_rows
 from mcic.objective import Objective
@@ -40,6 +49,7 @@ from mcic.optim import build_optimizer, set_lr
 from mcic.panels import draw_examples, draw_previews
 from mcic.report import write_report
 from mcic.schedule import poly, ramp_up, warm_up
+from mcic.stop import Stopped, StopRequest
 from mcic.update import GraphedUpdate, Update
 
 logger = logging.getLogger("mcic.trainer")
@@ -82,6 +92,10 @@ class Trainer:
         self.step = 0
         self.total_steps = train.epochs * self.loader.steps
         self.seconds = 0.0  # of training, over all parts of a resumed run
+        self.epoch_closed = True  # False: the run stopped between an epoch's last step and what follows it
+        self.guard = NonFiniteGuard(
+            self.folder / "nonfinite", limit=train.max_nonfinite, dataset=self.data.train, batch_of=self._batch_of
+        )
         self._check()
         self._load_state()
         if train.compile:
@@ -102,14 +116,17 @@ class Trainer:
         if leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.folder / "config.yaml")
-            (self.folder / "env.json").write_text(json.dumps(environment(), indent=1))
-        with RunLog(
-            self.folder, tensorboard=run.tensorboard, total_steps=self.total_steps, start_step=self.step, enabled=leads
-        ) as log:
+            write_text(self.folder / "env.json", json.dumps(environment(), indent=1))
+        evaluated = min(self.step if self.epoch_closed else self.step - 1, self.total_steps - 1)
+        with (
+            StopRequest() as stop,
+            RunLog(
+                self.folder, tensorboard=run.tensorboard, total_steps=self.total_steps, start_step=self.step,
+                evaluated_step=max(0, evaluated), enabled=leads,
+            ) as log,
+        ):  # fmt: skip
             log.message(self._opening_line())
-            for epoch in range(self.step // self.loader.steps, self.config.train.epochs):
-                self._train_epoch(epoch, log)
-                self._end_epoch(epoch, log)
+            self._train(log, stop)
             summary = self._summarize(log)
             if leads:
                 self._close(summary, log)
@@ -117,20 +134,44 @@ class Trainer:
         distributed.finish()
         return summary
 
-    def _train_epoch(self, epoch: int, log: RunLog) -> None:
+    def _train(self, log: RunLog, stop: StopRequest) -> None:
+        """All epochs that are left; a stop that was asked for leaves by `Stopped`, after saving."""
+        steps = self.loader.steps
+        if not self.epoch_closed:
+            self._end_epoch(self.step // steps - 1, log)
+        for epoch in range(self.step // steps, self.config.train.epochs):
+            if self._train_epoch(epoch, log, stop):
+                self._save(epoch_closed=self.step % steps != 0)
+                log.message(f"Stopped after step {self.step}; --run.resume auto goes on from there")
+                distributed.finish()
+                raise Stopped
+            self._end_epoch(epoch, log)
+
+    def _train_epoch(self, epoch: int, log: RunLog, stop: StopRequest) -> bool:
+        """The steps that are left of an epoch; returns whether the run is to stop."""
         self.model.train()
+        run, skipped = self.config.run, {}
         started, last = time.perf_counter(), self.step
         for batch in self.loader.epoch(epoch, start=self.step % self.loader.steps):
-            terms = self._train_step(batch.to(self.device))
+            figures = self._train_step(batch.to(self.device))
             self.step += 1
-            if self.step % self.config.run.log_every == 0 or self.step == self.total_steps:
-                metrics = self._read(terms)
+            skipped[self.step] = figures["skipped"].clone()
+            stopping = stop.made and distributed.world_size() == 1
+            if self.step % run.log_every == 0 or self.step == self.total_steps or stopping:
+                metrics, flags, stopping = self._read(figures, skipped, stop.made)
                 elapsed = time.perf_counter() - started
                 self.seconds += elapsed
                 metrics["images_per_second"] = (self.step - last) * self.config.train.batch_size / elapsed
                 log.step(self.step, epoch, metrics)
+                self.guard.check(flags, metrics)
+                skipped.clear()
                 started, last = time.perf_counter(), self.step
+            if stopping:
+                return True
+            if run.checkpoint_every and self.step % run.checkpoint_every == 0 and self.step % self.loader.steps:
+                self._save(epoch_closed=True)
         self.seconds += time.perf_counter() - started
+        return False
 
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update; returns this rank's share of every figure, still on the device."""
@@ -151,31 +192,34 @@ class Trainer:
         ramp = torch.full((), self._ramp_of(self.step), device=self.device)  # filled there: no copy to wait for
         return ramp, factor
 
-    def _read(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """The figures of a step over all ranks, fetched in one transfer, with the schedules beside them."""
-        values = distributed.sum_(torch.stack([value.detach().float() for value in terms.values()])).tolist()
-        metrics = dict(zip(terms, values, strict=True))
+    def _read(
+        self, figures: dict[str, Tensor], skipped: dict[int, Tensor], stop: bool
+    ) -> tuple[dict[str, float], dict[int, bool], bool]:
+        """Over all ranks and fetched in one transfer: a step's figures with the schedules beside them; of each step
+        since the last call, whether its update was skipped; whether a rank was asked to stop."""
+        ours = [*figures.values(), *skipped.values(), torch.tensor(float(stop))]
+        values = distributed.sum_(torch.stack([value.detach().double().to(self.device) for value in ours])).tolist()
+        metrics = dict(zip(figures, values, strict=False))
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["lambda"] = self._ramp_of(self.step - 1)
         metrics["memory_gib"] = peak_memory(self.device)
-        return metrics
+        flags = dict(zip(skipped, (value > 0.5 for value in values[len(figures) : -1]), strict=True))
+        return metrics, flags, values[-1] > 0
 
     def _ramp_of(self, step: int) -> float:
         method = self.config.method
         return ramp_up(step, method.ramp_epochs * self.loader.steps, power=method.ramp_power)
 
     def _end_epoch(self, epoch: int, log: RunLog) -> None:
-        run, every = self.config.run, self.config.eval.every
+        run, every, score = self.config.run, self.config.eval.every, None
         if every and (epoch + 1) % every == 0 and epoch + 1 < self.config.train.epochs:
             scores = summarize(self._evaluate_network(), {}, self.data.train.classes)
             log.evaluation(self.step, epoch, {k: v for k, v in scores.items() if isinstance(v, float)})
+            score = scores["val/miou"]
         if rejected_labels(self.device):
             logger.warning("some contexts were not stored: their class is none of the bank's")
+        self._save(epoch_closed=True, score=score)
         if distributed.rank() == 0:
-            save_checkpoint(
-                self.folder / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer,
-                state={"seconds": self.seconds, "scaler": self.scaler.state_dict()}, keep=run.keep,
-            )  # fmt: skip
             self._save_network()
             if run.previews:
                 indices = range(min(run.previews, len(self.data.train)))
@@ -183,6 +227,24 @@ class Trainer:
                 path = self.folder / "previews" / f"epoch-{epoch + 1:03d}.png"
                 draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
         distributed.barrier()
+
+    def _save(self, *, epoch_closed: bool, score: float | None = None) -> None:
+        """Write a checkpoint; `epoch_closed`: nothing of the epochs before its step is left to do but previews."""
+        states = distributed.gather_rows(torch.get_rng_state()[None].to(self.device)).cpu()
+        if distributed.rank() == 0:
+            state = {
+                "seconds": self.seconds, "scaler": self.scaler.state_dict(), "epoch_closed": epoch_closed,
+                "streak": self.guard.streak, "score": score,
+            }  # fmt: skip
+            save_checkpoint(
+                self.folder / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer, state=state,
+                keep=self.config.run.keep, random_states=list(states),
+            )  # fmt: skip
+        distributed.barrier()
+
+    def _batch_of(self, step: int) -> Batch:
+        """The batch whose update was the `step`-th."""
+        return self.loader.batch(*divmod(step - 1, self.loader.steps))
 
     def _summarize(self, log: RunLog) -> dict[str, Any]:
         """Evaluate and put together `summary.json`."""
@@ -232,7 +294,7 @@ class Trainer:
         if self.config.run.previews:
             train = self.data.train
             draw_examples(self.folder, self.model, self.objective, train, self.saliency, device=self.device)
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         log.table("Results", summary_rows(summary))
         if self.config.run.report:
             log.message(f"Report: {write_report(self.folder)}")
@@ -286,11 +348,16 @@ class Trainer:
             load_initial(self.model, Path(run.init_from))
         if run.resume == "none":
             return
-        found = checkpoints(self.folder / "checkpoints")[-1:] if run.resume == "auto" else [Path(run.resume)]
-        for path in found:
-            state = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.scaler.load_state_dict(state["scaler"])
+        path = newest_good(self.folder / "checkpoints") if run.resume == "auto" else Path(run.resume)
+        if path is None:
+            return
+        state = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        self.step, self.seconds, self.epoch_closed = state["step"], state["seconds"], state["epoch_closed"]
+        self.guard.streak = state["streak"]
+        self.scaler.load_state_dict(state["scaler"])
+        random_state = load_random_state(path, distributed.rank())
+        if random_state is not None:
+            torch.set_rng_state(random_state)
 
     def _finished_summary(self) -> dict[str, Any] | None:
         """The summary of the run to continue, if it has all the epochs that are asked for."""

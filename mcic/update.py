@@ -20,6 +20,9 @@ WARM_UP_CALLS = 3
 class Update:
     """Forward, backward and optimizer step on one batch; no value is read by the host.
 
+    Where the gradient is not finite the device skips the step: weights, momentum and the statistics of batch norm
+    stay as they were. In fp16 the scaler skips, and lowers its scale.
+
     Args:
         model, objective, optimizer, scaler: what a run trains with.
         dtype: of the forward pass under autocast; float32: no autocast.
@@ -39,6 +42,7 @@ class Update:
         self.accumulate = accumulate
         self.clip_grad = clip_grad
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.statistics = [buffer for name, buffer in model.named_buffers() if not name.startswith("memory.")]
 
     def __call__(self, batch: Batch, ramp: Tensor) -> dict[str, Tensor]:
         """Update the weights; returns this rank's share of every figure, still on the device.
@@ -48,6 +52,7 @@ class Update:
             ramp: λ of E15, a scalar on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        before = [buffer.clone() for buffer in self.statistics]
         summed: dict[str, Tensor] = {}
         for part in _split(batch, self.accumulate):
             with torch.autocast(part.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -57,19 +62,25 @@ class Update:
                 push(self.model, output.contexts)
             for name, value in output.terms.items():
                 summed[name] = summed.get(name, 0) + value / self.accumulate
-        summed["grad_norm"] = self._step()
-        return summed
+        norm, skipped = self._step()
+        for buffer, old in zip(self.statistics, before, strict=True):
+            buffer.copy_(torch.where(skipped, old, buffer))
+        self.model.update_ema()
+        share = 1 / distributed.world_size()
+        return summed | {"grad_norm": norm * share, "skipped": skipped.float() * share}
 
-    def _step(self) -> Tensor:
+    def _step(self) -> tuple[Tensor, Tensor]:
+        """The gradient's norm, and whether the step was skipped."""
         distributed.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters)
         if self.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        skipped = ~norm.isfinite()
+        self.optimizer.found_inf = skipped.float()  # the fused update does nothing where it is 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.model.update_ema()
-        return norm / distributed.world_size()
+        return norm, skipped
 
 
 class GraphedUpdate:

@@ -80,7 +80,8 @@ class TrainLoader:
         augment = Augment(size=size, scale=scale, flip=flip, color_jitter=color_jitter, seed=seed)
         share = batch_size // world_size
         self._order = _Order(len(dataset), self.steps, batch_size, slice(rank * share, (rank + 1) * share), seed)
-        self._batches = _loader(_TrainBatches(_Reader(dataset, saliency, targets), augment), self._order, workers)
+        self._dataset = _TrainBatches(_Reader(dataset, saliency, targets), augment)
+        self._batches = _loader(self._dataset, self._order, workers)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from step `start` on; the steps before it cost nothing.
@@ -94,6 +95,10 @@ class TrainLoader:
         for fields in self._batches:
             yield Batch(*_checked(fields))
 
+    def batch(self, epoch: int, step: int) -> Batch:
+        """One batch of an epoch by itself, made in this process; iterations that are going on do not notice."""
+        return Batch(*_checked(self._dataset[epoch, self._order.indices(epoch, step)]))
+
 
 class _Order(Sampler[tuple[int, np.ndarray]]):
     """(epoch, this rank's indices) for every step; global batch i is perm[i·B : (i+1)·B]."""
@@ -106,11 +111,21 @@ class _Order(Sampler[tuple[int, np.ndarray]]):
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        # The fourth word keeps this stream apart from those of the images, [seed, epoch, index].
-        permutation = np.random.default_rng([self.seed, self.epoch, 0, 1]).permutation(self.num_images)
+        epoch = self.epoch
+        permutation = self._permutation(epoch)
         for step in range(self.start, self.steps):
-            batch = permutation[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.epoch, batch[self.share]
+            yield epoch, self._of_step(permutation, step)
+
+    def indices(self, epoch: int, step: int) -> np.ndarray:
+        """This rank's images of one step."""
+        return self._of_step(self._permutation(epoch), step)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        # The fourth word keeps this stream apart from those of the images, [seed, epoch, index].
+        return np.random.default_rng([self.seed, epoch, 0, 1]).permutation(self.num_images)
+
+    def _of_step(self, permutation: np.ndarray, step: int) -> np.ndarray:
+        return permutation[step * self.batch_size : (step + 1) * self.batch_size][self.share]
 
 
 class _TrainBatches(TorchDataset[Any]):

@@ -207,6 +207,7 @@ class MCIC(nn.Module):
             features, confidence, classes,
             threshold=self.pool_threshold, rule=self.confidence_rule, backend=self.backend,
         )  # fmt: skip
+        stored = stored & vectors.isfinite().all(2)  # a context that is not finite would stay for a long time
         labels = torch.arange(classes.shape[1], device=ids.device, dtype=torch.int32).where(stored, -1)
         return Contexts(vectors.flatten(0, 1), labels.flatten(), ids.repeat_interleave(classes.shape[1]))
 
@@ -242,7 +243,8 @@ def _pixel_contexts(
     best, label = weights.flatten(2).max(1)  # [B, N]
     labels = label.to(torch.int32).masked_fill(best == 0, -1)
     vectors = features.flatten(2).transpose(1, 2).flatten(0, 1).float()
-    return Contexts(vectors, labels.flatten(), ids.repeat_interleave(labels.shape[1]))
+    labels = labels.flatten().where(vectors.isfinite().all(1), -1)
+    return Contexts(vectors, labels, ids.repeat_interleave(best.shape[1]))
 
 
 def feature_valid(valid: Tensor, size: torch.Size) -> Tensor:

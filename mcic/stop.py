@@ -1,0 +1,42 @@
+"""Stopping a run from outside without losing a step."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 75
+"""of a run that was asked to stop and saved everything: EX_TEMPFAIL, try again later"""
+
+
+class Stopped(SystemExit):
+    """A run ended early, after saving; its exit status is `EXIT_CODE`."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class StopRequest:
+    """Within its context, SIGTERM, SIGUSR1 and a first Ctrl-C only set `made`; a second Ctrl-C interrupts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.made and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.made = True
+        logger.warning("%s: finishing the step and saving", signal.Signals(number).name)

@@ -1,0 +1,180 @@
+"""Checkpoints: whole or not there, verified when read, pruned only behind a good one; and files that are replaced."""
+
+import errno
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from mcic import checkpoint, durable
+from mcic.checkpoint import (
+    MANIFEST,
+    checkpoints,
+    load_checkpoint,
+    load_random_state,
+    newest_good,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    return module.to(memory_format=torch.channels_last)
+
+
+def optimizer_of(module: nn.Module) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True)
+    module(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def parts():
+    module = network()
+    return module, optimizer_of(module)
+
+
+def save(folder, parts, step, *, keep=2, **state):
+    module, optimizer = parts
+    return save_checkpoint(
+        folder, step=step, model=module, optimizer=optimizer, state=state, keep=keep,
+        random_states=[torch.get_rng_state(), torch.arange(5, dtype=torch.uint8)],
+    )  # fmt: skip
+
+
+def test_what_was_saved_comes_back(tmp_path, parts):
+    module, optimizer = parts
+    random_state = torch.get_rng_state()
+    path = save(tmp_path, parts, 7, seconds=1.5)
+    fresh = network()
+    for parameter in fresh.parameters():
+        nn.init.zeros_(parameter)
+    theirs = torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9, fused=True)
+    assert load_checkpoint(path, model=fresh, optimizer=theirs) == {"step": 7, "seconds": 1.5}
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+    for ours, other in zip(module.parameters(), fresh.parameters(), strict=True):
+        mine, read = optimizer.state[ours]["momentum_buffer"], theirs.state[other]["momentum_buffer"]
+        assert torch.equal(mine, read)
+        assert mine.stride() == read.stride() == other.stride()
+    assert torch.equal(load_random_state(path, 0), random_state)
+    assert load_random_state(path, 1).tolist() == [0, 1, 2, 3, 4]
+    assert load_random_state(path, 2) is None
+
+
+def test_the_newest_stay_and_the_best(tmp_path, parts):
+    for step, score in enumerate([None, 30.0, 50.0, 40.0, None, None], 1):
+        save(tmp_path, parts, step, score=score)
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [3, 5, 6]
+
+
+FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", MANIFEST)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, parts, name, damage, caplog):
+    for step in (1, 2):
+        save(tmp_path, parts, step)
+    good, bad = checkpoints(tmp_path)
+    damage(bad / name)
+    assert newest_good(tmp_path) == good
+    assert name in caplog.text
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        load_checkpoint(bad, model=parts[0])
+
+
+def test_where_none_is_whole_nothing_is_begun_anew(tmp_path, parts):
+    assert newest_good(tmp_path) is None
+    save(tmp_path, parts, 1)
+    flip(tmp_path / "step-00000001" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints .*model\.safetensors is damaged"):
+        newest_good(tmp_path)
+
+
+def test_shapes_and_dtypes_are_checked_before_a_tensor_is_read(tmp_path, parts, monkeypatch):
+    path = save(tmp_path, parts, 1)
+    monkeypatch.setattr(checkpoint, "load_file", None)
+    with pytest.raises(
+        ValueError, match=r"2 missing .*2 misfitting \(.*0\.weight is \[4, 3, 3, 3\] F32, expected \[5,"
+    ):
+        load_checkpoint(path, model=nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+    with pytest.raises(ValueError, match=r"F32, expected \[4, 3, 3, 3\] BF16"):
+        load_checkpoint(path, model=network().bfloat16())
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, parts, monkeypatch, place):
+    """The disk is full at the n-th file that is written or brought to the disk."""
+    save(tmp_path, parts, 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    calls = 0
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == place + 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(checkpoint, "save_file", counted(checkpoint.save_file))
+    monkeypatch.setattr(durable, "sync", counted(durable.sync))
+    with pytest.raises(
+        OSError, match=r"step 2 could not be written .*No space left.* newest whole checkpoint is .*step-0+1"
+    ):
+        save(tmp_path, parts, 2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path, parts):
+    debris = tmp_path / ".step-00000009.partial"
+    debris.mkdir()
+    (debris / "model.safetensors").write_bytes(b"half")
+    assert newest_good(tmp_path) is None
+    save(tmp_path, parts, 1)
+    assert not debris.exists()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_by_the_same(tmp_path, parts):
+    path = save(tmp_path, parts, 1)
+    inode = path.stat().st_ino
+    assert save(tmp_path, parts, 1) == path
+    assert path.stat().st_ino == inode
+    flip(path / "model.safetensors")
+    save(tmp_path, parts, 1)
+    verify_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "write", [durable.write_text, lambda path, text: durable.write_with(path, lambda p: p.write_text(text))]
+)
+def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch, write):
+    path = tmp_path / "a.json"
+    write(path, "old")
+    monkeypatch.setattr(durable, "sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        write(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
