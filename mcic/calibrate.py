@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Calibration:
         chosen: the value with the best score.
         scores: value → score: mIoU in percent of the annotated images, else mean `color_information` times mean
             `edge_contrast`.
-        ground_truth_used: whether annotated masks made the choice.
+        ground_truth_used: whether annotated masks made the choice, or had a part in the run.
         num_images: that were looked at.
     """
 
@@ -104,6 +105,8 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
     """
     run = restore_run(folder, device=device)
     method = run.config.method
+    if method.supervision == "masks":
+        raise ValueError(f"{folder} was trained on masks and has no heatmaps: calibrate the run that it came from")
     field, values = (
         ("cam_threshold", THRESHOLDS) if method.cam_background == "authors" else ("background_power", POWERS)
     )
@@ -125,7 +128,8 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
     else:
         scores = {value: confusion[value].miou() or 0.0 for value in values}
     chosen = max(scores, key=scores.__getitem__)
-    result = Calibration(field, getattr(method, field), chosen, scores, annotated is not None, len(indices))
+    used = annotated is not None or run.ground_truth_used
+    result = Calibration(field, getattr(method, field), chosen, scores, used, len(indices))
     partial = folder / f".{FILE}.partial"
     partial.write_text(json.dumps(dataclasses.asdict(result), indent=1))
     os.replace(partial, folder / FILE)
@@ -195,7 +199,8 @@ def _annotated(folder: Path, ids: list[str]) -> dict[int, Path]:
     """Place of a training image → its mask's file."""
     if not folder.is_dir():
         raise ValueError(f"--masks {folder} is no folder: expected index PNGs named by image id")
-    files = {path.stem: path for path in sorted(folder.rglob("*.png"))}
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() == ".png")
+    files = {unicodedata.normalize("NFC", path.stem): path for path in found}
     found = {index: files[name] for index, name in enumerate(ids) if name in files}
     if not found:
         raise ValueError(f"--masks {folder} has no mask of a training image: expected names like {ids[0]}.png")

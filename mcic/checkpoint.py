@@ -133,19 +133,39 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def load_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, classes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Put a checkpoint back into model and (where given) optimizer; returns its state, with `step`.
 
+    Args:
+        path: of the checkpoint.
+        model, optimizer: as they were saved.
+        classes: of the data; compared with those that `state` names, if it does.
+
     Raises:
-        ValueError: not a checkpoint, a damaged one, or one of another model.
+        ValueError: not a checkpoint, a damaged one, or one of another model or other classes.
     """
     verify_checkpoint(path)
+    state = json.loads((path / "state.json").read_text())
+    known = state.get("classes", list(classes))
+    if known != list(classes):
+        raise ValueError(f"{path} is of the classes {', '.join(known)}; the data now have {', '.join(classes)}: "
+                         "their names and their order must be the same")  # fmt: skip
     weights = path / "model.safetensors"
     _check_fit(_shapes(weights), model, source=path)
     model.load_state_dict(load_file(weights))
     if optimizer is not None:
         _load_momentum(optimizer, path / "optimizer.safetensors")
-    return json.loads((path / "state.json").read_text())
+    return state
+
+
+def used_ground_truth(path: Path) -> bool:
+    """Whether masks that people drew had a part in the weights of a checkpoint or of an exported network."""
+    for name in ("state.json", f"{NETWORK}.json"):
+        if (path / name).is_file():
+            return bool(json.loads((path / name).read_text()).get("ground_truth_used"))
+    return False
 
 
 def load_random_state(path: Path, rank: int) -> Tensor | None:
@@ -233,7 +253,7 @@ def load_initial(model: MCIC, path: Path) -> None:
 
 def save_network(
     folder: Path, network: SegmentationNetwork, *, classes: Sequence[str], palette: Sequence[Sequence[int]],
-    long_side: int = 0,
+    long_side: int = 0, ground_truth_used: bool = False,
 ) -> Path:  # fmt: skip
     """Write the test-time network: `network.safetensors` and `network.json` (how to build it, classes, palette).
 
@@ -243,6 +263,7 @@ def save_network(
         classes: the L object classes; mask value i ≥ 1 is `classes[i - 1]`.
         palette: RGB 0…255 of the K mask values.
         long_side: larger images were reduced to it in training, and should be for prediction; 0: none were.
+        ground_truth_used: masks that people drew trained the network or chose a threshold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     spec = network.spec
@@ -250,6 +271,7 @@ def save_network(
         "format": "mcic-network", "version": __version__, "backbone": spec.backbone, "output_stride": network.stride,
         "segmentation_head": spec.segmentation_head, "num_classes": spec.num_classes, "classes": list(classes),
         "palette": [list(map(int, color)) for color in palette], "long_side": long_side,
+        "ground_truth_used": ground_truth_used,
         "input": "RGB / 255, ImageNet mean (0.485, 0.456, 0.406) taken out, over deviation (0.229, 0.224, 0.225)",
     }  # fmt: skip
     weights = folder / f"{NETWORK}.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mcic.build import build_model, choose_device
-from mcic.checkpoint import checkpoints, load_checkpoint
+from mcic.checkpoint import load_checkpoint, newest_good, used_ground_truth
 from mcic.config import Config
 from mcic.config_io import load_config
 from mcic.data import build_data, build_saliency
@@ -29,6 +29,7 @@ class RestoredRun:
         saliency: its saliency source, or None.
         model: the newest checkpoint's, bank included, in evaluation mode on `device`.
         device: where the model is.
+        ground_truth_used: masks that people drew trained the run or chose a threshold of it.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class RestoredRun:
     saliency: SaliencySource | None
     model: MCIC
     device: torch.device
+    ground_truth_used: bool
 
 
 def restore_run(folder: Path, *, device: str | None = None) -> RestoredRun:
@@ -47,11 +49,11 @@ def restore_run(folder: Path, *, device: str | None = None) -> RestoredRun:
         device: as `run.device`; None: the run's own.
 
     Raises:
-        ValueError: no run folder, one without a checkpoint, or data that are gone.
+        ValueError: no run folder, one without a whole checkpoint, or data that are gone or have other classes now.
     """
     config = load_config(folder / "config.yaml")
-    found = checkpoints(folder / "checkpoints")
-    if not found:
+    path = newest_good(folder / "checkpoints")
+    if path is None:
         raise ValueError(f"{folder} holds no checkpoint yet: expected checkpoints/step-…")
     place = choose_device(device or config.run.device)
     data = build_data(config.data)
@@ -59,6 +61,6 @@ def restore_run(folder: Path, *, device: str | None = None) -> RestoredRun:
     model_config = dataclasses.replace(config.model, weights="none")  # the checkpoint has them
     num_classes = len(data.train.classes) + 1
     model = build_model(model_config, config.method, num_classes=num_classes, backend=config.run.backend)
-    load_checkpoint(found[-1], model=model)
+    load_checkpoint(path, model=model, classes=data.train.classes)
     model.to(place, memory_format=torch.channels_last).eval()
-    return RestoredRun(folder, config, data, saliency, model, place)
+    return RestoredRun(folder, config, data, saliency, model, place, used_ground_truth(path))

@@ -21,7 +21,7 @@ def retrain_config(run: Path) -> Config:
     config = load_config(run / "config.yaml")
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, masks=str(run / "masks"), saliency="none"),
+        data=dataclasses.replace(config.data, masks=str(run / "masks"), saliency="none", calibration=None),
         method=dataclasses.replace(config.method, supervision="masks", context="none"),
         eval=dataclasses.replace(config.eval, mask_images=0),
         run=dataclasses.replace(config.run, dir=str(run / FOLDER), resume="none", init_from=None, previews=0),

@@ -23,6 +23,7 @@ from mcic.checkpoint import (
     newest_good,
     save_checkpoint,
     save_network,
+    used_ground_truth,
 )
 from mcic.config import Config
 from mcic.config_io import load_config, save_config
@@ -76,6 +77,8 @@ class Trainer:
         seed_everything(config)
         self.data = build_data(config.data)
         self.config = config = self._settled()
+        self.targets = self._targets()
+        self.ground_truth_used = self._uses_ground_truth()
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
         self.loader = self._build_loader()
         num_classes = len(self.data.train.classes) + 1
@@ -234,7 +237,8 @@ class Trainer:
         if distributed.rank() == 0:
             state = {
                 "seconds": self.seconds, "scaler": self.scaler.state_dict(), "epoch_closed": epoch_closed,
-                "streak": self.guard.streak, "score": score,
+                "streak": self.guard.streak, "score": score, "classes": list(self.data.train.classes),
+                "ground_truth_used": self.ground_truth_used,
             }  # fmt: skip
             save_checkpoint(
                 self.folder / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer, state=state,
@@ -268,19 +272,10 @@ class Trainer:
             "backend": describe_backends(config.run.backend, self.device),
             "device": str(self.device),
             "supervision": config.method.supervision,
-            "ground_truth_used": self._ground_truth_used(),
+            "ground_truth_used": self.ground_truth_used,
         }
         log.evaluation(self.step, config.train.epochs - 1, {k: v for k, v in summary.items() if "/" in k})
         return summary
-
-    def _ground_truth_used(self) -> bool:
-        """Whether masks drawn by people trained this network or chose a threshold on the way."""
-        targets, calibration = self._targets(), self.config.data.calibration
-        if calibration is not None and read_calibration(Path(calibration))["ground_truth_used"]:
-            return True
-        if isinstance(targets, SavedMasks):
-            return bool(targets.manifest.get("ground_truth_used"))
-        return targets is not None
 
     def _evaluate_network(self) -> dict:
         items = self._items(self.data.val)
@@ -331,14 +326,25 @@ class Trainer:
             return GroundTruth()
         if self.config.data.masks is None:
             raise ValueError("--method.supervision masks needs --data.masks, the folder that `mcic masks` wrote")
-        return SavedMasks(Path(self.config.data.masks), self.data.train.classes)
+        return SavedMasks(Path(self.config.data.masks), self.data.train)
+
+    def _uses_ground_truth(self) -> bool:
+        """Whether masks that people drew train this network, chose a threshold, or trained what it starts from."""
+        calibration, start = self.config.data.calibration, self.config.run.init_from
+        if calibration is not None and read_calibration(Path(calibration))["ground_truth_used"]:
+            return True
+        if start is not None and used_ground_truth(Path(start)):
+            return True
+        if isinstance(self.targets, SavedMasks):
+            return bool(self.targets.manifest.get("ground_truth_used"))
+        return self.targets is not None
 
     def _build_loader(self) -> TrainLoader:
         train, data = self.config.train, self.config.data
         return TrainLoader(
             self.data.train, self.saliency, size=train.size, scale=train.scale, flip=train.flip,
             color_jitter=train.color_jitter, batch_size=train.batch_size, seed=train.seed,
-            workers=default_workers(data.workers, self.data.train), targets=self._targets(),
+            workers=default_workers(data.workers, self.data.train), targets=self.targets,
             rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
 
@@ -351,7 +357,8 @@ class Trainer:
         path = newest_good(self.folder / "checkpoints") if run.resume == "auto" else Path(run.resume)
         if path is None:
             return
-        state = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        classes = self.data.train.classes
+        state = load_checkpoint(path, model=self.model, optimizer=self.optimizer, classes=classes)
         self.step, self.seconds, self.epoch_closed = state["step"], state["seconds"], state["epoch_closed"]
         self.guard.streak = state["streak"]
         self.scaler.load_state_dict(state["scaler"])
@@ -394,7 +401,7 @@ class Trainer:
         train = self.data.train
         save_network(
             self.folder / "checkpoints", self.model.network, classes=train.classes, palette=train.palette.tolist(),
-            long_side=train.long_side,
+            long_side=train.long_side, ground_truth_used=self.ground_truth_used,
         )  # fmt: skip
 
     def _opening_line(self) -> str:

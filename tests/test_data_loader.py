@@ -195,7 +195,7 @@ def saved(tmp_path):
 
 class TestSavedMasks:
     def test_labels_and_confidence_go_through_the_same_crop(self, saved):
-        targets = SavedMasks(saved, Scenes.classes)
+        targets = SavedMasks(saved, Scenes(6))
         changes = {"size": 64, "scale": (1, 1), "flip": False, "color_jitter": 0}
         (batch,) = loader(6, targets=targets, **changes).epoch(0)
         for labels, confidence, valid, index in zip(
@@ -213,16 +213,41 @@ class TestSavedMasks:
     def test_unfinished_masks_are_refused(self, saved):
         (saved / "masks.json").unlink()
         with pytest.raises(ValueError, match=r"no finished masks.*mcic masks"):
-            SavedMasks(saved, Scenes.classes)
+            SavedMasks(saved, Scenes(6))
 
     def test_masks_of_other_classes_are_refused(self, saved):
+        fewer = Scenes(6)
+        fewer.classes = ("a", "b")
         with pytest.raises(ValueError, match="of the classes a, b, c, the data of a, b"):
-            SavedMasks(saved, ("a", "b"))
+            SavedMasks(saved, fewer)
 
-    def test_a_missing_mask_is_named(self, saved):
-        (saved / "labels" / "scene_3.png").unlink()
-        with pytest.raises(ValueError, match=r"scene_3\.png is missing"):
-            list(loader(6, targets=SavedMasks(saved, Scenes.classes), batch_size=6).epoch(0))
+    @pytest.mark.parametrize("part", ["labels", "confidence"])
+    def test_a_missing_mask_is_named_before_training(self, saved, part):
+        (saved / part / "scene_3.png").unlink()
+        with pytest.raises(ValueError, match=rf"{part}/scene_3\.png is missing"):
+            SavedMasks(saved, Scenes(6))
+
+    @pytest.mark.parametrize("content", ["{}", "[", '{"classes": []}', "[]"])
+    def test_a_damaged_manifest_is_named(self, saved, content):
+        (saved / "masks.json").write_text(content)
+        with pytest.raises(ValueError, match=r"masks\.json is not what mcic masks wrote"):
+            SavedMasks(saved, Scenes(6))
+
+    def test_masks_of_another_split_are_refused(self, saved):
+        manifest = json.loads((saved / "masks.json").read_text())
+        (saved / "masks.json").write_text(json.dumps(manifest | {"settings": {"split": "val"}}))
+        with pytest.raises(ValueError, match="of the images of val, not of those of train"):
+            SavedMasks(saved, Scenes(6))
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_confidence_that_does_not_fit_is_named(self, saved, workers):
+        Image.new("L", (99, 99)).save(saved / "confidence" / "scene_3.png")
+        targets = SavedMasks(saved, Scenes(6))
+        with pytest.raises(ValueError, match="confidence of image scene_3 is 99×99 pixels, its image 50×43"):
+            list(loader(6, targets=targets, batch_size=6, workers=workers).epoch(0))
+        (saved / "confidence" / "scene_3.png").write_bytes(b"nothing")
+        with pytest.raises(ValueError, match=r"scene_3\.png"):
+            list(loader(6, targets=targets, batch_size=6, workers=workers).epoch(0))
 
 
 def test_large_images_are_reduced_with_all_that_belongs_to_them():

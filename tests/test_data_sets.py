@@ -3,6 +3,7 @@
 import builtins
 import json
 import logging
+import os
 import unicodedata
 
 import numpy as np
@@ -315,3 +316,25 @@ def test_a_missing_root_names_flag_and_layout(tmp_path, name):
 def test_no_images_at_all_is_refused():
     with pytest.raises(ValueError, match=r"--data.train-images must be 1 or more"):
         build_data(DataConfig(train_images=0))
+
+
+def test_long_names_and_names_that_are_no_text_have_ids_that_files_can_have(tmp_path):
+    root = tmp_path / "data"
+    for name in ("a" * 120 + "/" + "b" * 120 + "1.png", "a" * 120 + "/" + "b" * 120 + "2.png", "é" * 90 + ".png"):
+        save_image(root / "images" / name, scene(0, [1])[0])
+    odd = os.fsencode(root / "images") + b"/\xff\xfe.png"
+    os.rename(os.fsencode(root / "images" / ("é" * 90 + ".png")), odd)
+    names = sorted(path.relative_to(root / "images").as_posix() for path in (root / "images").rglob("*.png"))
+    (root / "tags.json").write_text(json.dumps({name: ["dog"] for name in names}))
+    splits = Folder.splits(root, 0.4)
+    ids = [*splits.train.ids, *splits.val.ids]
+    assert len(set(ids)) == 3
+    assert max(len(os.fsencode(name)) for name in ids) <= 200
+
+
+def test_a_class_called_background_is_refused_with_the_way_out(tmp_path):
+    for name in ("background", "dog"):
+        for number in range(2):
+            save_image(tmp_path / name / f"{name}{number}.png", scene(number, [1])[0])
+    with pytest.raises(ValueError, match="leave the tags of images without an object empty"):
+        Folder.splits(tmp_path, 0.4)

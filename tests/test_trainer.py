@@ -13,6 +13,7 @@ from mcic.cli import main
 from mcic.config_io import load_config
 from mcic.evaluate import evaluate_run
 from mcic.model import NetworkSpec, SegmentationNetwork
+from mcic.restore import restore_run
 from mcic.trainer import Trainer
 
 SCORES = {
@@ -261,6 +262,38 @@ def test_more_epochs_continue_a_finished_run(tmp_path):
     assert longer.step == 4
     longer.fit()
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_classes_that_moved_are_refused(tmp_path):
+    """Class i of the network is a name in the data: when names change places, nothing is read as before."""
+    root = make_folder(tmp_path / "data")
+    changes = {
+        "data": {"root": str(root), "train_images": None, "val_images": None}, "train": {"size": 33, "epochs": 1},
+        "model": {"backbone": "tiny", "weights": "none"},
+    }  # fmt: skip
+    trainer = Trainer(short(tmp_path / "run", "folder", **changes))
+    trainer.fit()
+    classes = list(trainer.data.train.classes)
+    (root / "classes.txt").write_text("\n".join(reversed(classes)))
+    message = rf"of the classes {', '.join(classes)}; the data now have {', '.join(reversed(classes))}"
+    with pytest.raises(ValueError, match=message):
+        restore_run(tmp_path / "run")
+    changes["train"]["epochs"] = 2
+    with pytest.raises(ValueError, match=message):
+        Trainer(short(tmp_path / "run", "folder", run={"resume": "auto"}, **changes))
+
+
+def test_ground_truth_is_remembered_from_run_to_run(tmp_path):
+    """A run on full masks, one that starts from its checkpoint, and one that starts from that one's network."""
+    Trainer(short(tmp_path / "full", method={"supervision": "full"}, train={"epochs": 1})).fit()
+    source = checkpoints(tmp_path / "full" / "checkpoints")[-1]
+    changes = {"method": {"supervision": "full"}, "train": {"epochs": 1}}
+    second = Trainer(short(tmp_path / "second", run={"init_from": str(source)}, **changes))
+    assert second.fit()["ground_truth_used"]
+    assert restore_run(tmp_path / "second").ground_truth_used
+    network = str(tmp_path / "second" / "checkpoints")
+    assert Trainer(short(tmp_path / "third", run={"init_from": network})).ground_truth_used
+    assert not Trainer(short(tmp_path / "fourth")).ground_truth_used
 
 
 def test_network_files_are_checked(tmp_path):

@@ -144,7 +144,7 @@ def _held_out(photos: list[Photo], share: float, root: Path) -> list[list[Photo]
 
 def _fraction(text: str) -> float:
     """A number in 0…1 that depends on nothing but the text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+    return int.from_bytes(hashlib.blake2b(_bytes(text), digest_size=6).digest()) / 2**48
 
 
 def _classes(photos: Iterable[Photo], files: Iterable[Path], root: Path) -> tuple[str, ...]:
@@ -331,7 +331,21 @@ def _with_masks(photos: list[Photo], folder: Path) -> tuple[list[Photo], list[Dr
 
 
 def _photo(name: str, path: Path, tags: Iterable[str]) -> Photo:
-    return Photo(name.replace("/", "__"), name, path, frozenset(tags))
+    return Photo(_id(name), name, path, frozenset(tags))
+
+
+def _id(name: str) -> str:
+    """The name as that of one file, of at most 200 bytes so that an ending fits behind it."""
+    flat = name.replace("/", "__")
+    if len(_bytes(flat)) <= 200:
+        return flat
+    start = _bytes(flat)[:180].decode(errors="ignore")
+    return f"{start}-{hashlib.blake2b(_bytes(name), digest_size=6).hexdigest()}"
+
+
+def _bytes(text: str) -> bytes:
+    """Also of a file name that is no text in UTF-8."""
+    return text.encode(errors="surrogateescape")
 
 
 def _stem(key: str) -> str:

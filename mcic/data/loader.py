@@ -142,7 +142,7 @@ class _TrainBatches(TorchDataset[Any]):
                 photo = reader(index)
                 layers = (photo.image, photo.saliency, photo.mask, photo.confidence)
                 samples.append(self.augment(*layers, epoch=epoch, index=index))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return _Mistake(str(error))
 
         def stacked(name: str) -> Tensor | None:
@@ -209,7 +209,7 @@ class _EvalItems(TorchDataset[Any]):
     def __getitem__(self, index: int) -> EvalItem | _Mistake:
         try:
             photo = self.reader(index)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return _Mistake(str(error))
         return EvalItem(
             index=index,
@@ -246,6 +246,9 @@ class _Reader:
             self._check(mask, image, index)
             mask = reduced(mask, long_side, NEAREST)
         if confidence is not None:
+            if confidence.shape != image.shape[:2]:
+                raise ValueError(f"the confidence of image {self.dataset.ids[index]} is {_size(confidence)} pixels, "
+                                 f"its image {_size(image)}: they must be of one size")  # fmt: skip
             confidence = reduced(confidence, long_side, BILINEAR)
         full_size, image = image.shape[:2], reduced(image, long_side, BILINEAR)
         saliency = None if self.saliency is None else self.saliency(self.dataset, index, image)

@@ -11,11 +11,14 @@ MAX_CLASSES = 254
 
 
 def check_classes(classes: Sequence[str], *, source: object) -> tuple[str, ...]:
-    """`classes` as a tuple; raises ValueError, naming `source`, if there are none, too many, or one twice."""
+    """`classes` as a tuple; raises ValueError, naming `source`, where a mask could not tell them apart."""
     if not classes:
         raise ValueError(f"{source} names no class: at least one is needed")
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{source} names {len(classes)} classes: an 8-bit mask holds at most {MAX_CLASSES}")
+    if "background" in classes:
+        raise ValueError(f"{source} names a class 'background', which every image has by itself: leave the tags of "
+                         "images without an object empty")  # fmt: skip
     twice = sorted({name for name in classes if classes.count(name) > 1})
     if twice:
         raise ValueError(f"{source} names {twice[0]!r} more than once")

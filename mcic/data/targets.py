@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from mcic.data.base import Dataset
 from mcic.data.images import read_mask
@@ -35,26 +34,42 @@ class SavedMasks:
 
     Args:
         folder: with `masks.json`, `labels/` and `confidence/`.
-        classes: of the data set; those of the masks must be the same.
+        dataset: the training images that they are for.
 
     Raises:
-        ValueError: the folder is not complete, or its masks are of other classes.
+        ValueError: the folder is not complete, or its masks are of other classes or images.
     """
 
-    def __init__(self, folder: Path, classes: tuple[str, ...]) -> None:
-        if not (folder / MANIFEST).is_file():
-            raise ValueError(f"{folder} holds no finished masks: expected {MANIFEST} in it; mcic masks RUN makes them")
+    def __init__(self, folder: Path, dataset: Dataset) -> None:
         self.folder = folder
-        self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = [name for name in self.manifest["classes"] if name != "background"]
-        if known != list(classes):
+        self.manifest = _manifest(folder)
+        settings, known = self.manifest.get("settings", {}), self.manifest["classes"][1:]
+        if settings.get("split", "train") != "train":
+            raise ValueError(f"the masks in {folder} are of the images of {settings['split']}, not of those of train")
+        if known != list(dataset.classes):
             raise ValueError(f"the masks in {folder} are of the classes {', '.join(known)}, "
-                             f"the data of {', '.join(classes)}")  # fmt: skip
+                             f"the data of {', '.join(dataset.classes)}")  # fmt: skip
+        missing = [path for name in dataset.ids for path in self._files(name) if not path.is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing, with {len(missing) - 1} more: run mcic masks again, it makes "
+                             "what is not there")  # fmt: skip
 
     def __call__(self, dataset: Dataset, index: int) -> tuple[np.ndarray, np.ndarray]:
-        labels, confidence = (self.folder / part / f"{dataset.ids[index]}.png" for part in ("labels", "confidence"))
-        for path in (labels, confidence):
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: run `mcic masks` again, it makes what is not there")
-        with Image.open(confidence) as grey:
-            return read_mask(labels), np.asarray(grey, dtype=np.float32) / 255
+        labels, confidence = (read_mask(path) for path in self._files(dataset.ids[index]))
+        return labels, confidence.astype(np.float32) / 255
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        return self.folder / "labels" / f"{name}.png", self.folder / "confidence" / f"{name}.png"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no finished masks: expected {MANIFEST} in it; mcic masks RUN makes them")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["classes"][0] == "background":
+            return manifest
+    except (ValueError, KeyError, TypeError, IndexError):
+        pass
+    raise ValueError(f"{path} is not what mcic masks wrote: make the masks again")
