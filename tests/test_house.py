@@ -85,3 +85,29 @@ def test_everything_is_packaged():
 
 def test_train_script_stays_a_table_of_contents():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 90
+
+
+def unsafe_calls(path: Path) -> list[str]:
+    """What of a file could run code from data: pickles, unsafe YAML, XML parsers that follow entities."""
+    found = [name for name in imports_of(path) if below(name, "pickle", "dill", "joblib", "shelve", "marshal", "xml")]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            safe = [ast.unparse(word.value) for word in node.keywords if word.arg == "weights_only"] == ["True"]
+            if call in ("eval", "exec", "yaml.load", "np.load", "yaml.unsafe_load") or (
+                call == "torch.load" and not safe
+            ):
+                found.append(f"{call}, line {node.lineno}")
+    return found
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_no_code_is_ever_loaded_from_data(path):
+    assert not unsafe_calls(path)
+
+
+def test_unsafe_calls_are_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    source = tmp_path / "odd.py"
+    source.write_text("import pickle\nimport torch\ntorch.load('a')\ntorch.load('b', weights_only=True)\neval('1')\n")
+    assert unsafe_calls(source) == ["pickle", "torch.load, line 3", "eval, line 5"]
