@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mcic.measures import MASKS, NETWORK, WITH_MEMORY
+from mcic.runfolder import finite, read_document
 
 _SUPERVISION = {
     "tags": "image-level tags only: which classes an image shows, not where",
@@ -21,15 +20,26 @@ _DATA = {"shapes": "procedural shapes on textured ground, made at run time", "vo
 _PRETRAINED = "ImageNet weights, trained on ImageNet's image labels"
 
 
-def model_card(description: dict[str, Any], model: Path) -> str:
+def training_facts(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and summary of a run folder; what is not there, as in an exported folder, is empty.
+
+    Raises:
+        ValueError: a file is damaged; it is named.
+    """
+    config = read_document(model / "config.yaml", dict)
+    for group in ("data", "method", "model", "train"):
+        if not isinstance(config.get(group, {}), dict):
+            raise ValueError(f"{model / 'config.yaml'} is damaged: {group} must be a mapping of settings")
+    return config, read_document(model / "summary.json", dict)
+
+
+def model_card(description: dict[str, Any], *, config: dict[str, Any], summary: dict[str, Any]) -> str:
     """Markdown with the header that model hubs read.
 
     Args:
         description: the content of `network.json`, with contract and checks.
-        model: where the network was: a run folder, of which configuration and summary are read, or another one.
+        config, summary: of `training_facts`.
     """
-    config = _content(model / "config.yaml")
-    summary = _content(model / "summary.json")
     environment = Environment(
         loader=PackageLoader("mcic"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
@@ -46,14 +56,6 @@ def model_card(description: dict[str, Any], model: Path) -> str:
         protocol=summary.get("protocol"),
         from_tags=config.get("method", {}).get("supervision") in ("tags", "masks"),
     )
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file, empty where there is none."""
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
 
 
 def _name(config: dict[str, Any], description: dict[str, Any]) -> str:
@@ -89,26 +91,29 @@ def _ground_truth(config: dict[str, Any], summary: dict[str, Any]) -> str:
     used = summary.get("ground_truth_used")
     if used is None and config:
         used = config.get("method", {}).get("supervision") == "full"
-    return {None: "not known", True: "yes, for training or for a choice on the way", False: "no, for measuring only"}[
-        used
-    ]
+    if used is None:
+        return "not known"
+    return "yes, for training or for a choice on the way" if used else "no, for measuring only"
 
 
 def _scores(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value in percent, on which images) of every mean IoU."""
     return [
-        (measure.name, f"{summary[measure.key]:.1f}", measure.where)
+        (measure.name, f"{value:.1f}", measure.where)
         for measure in (NETWORK, WITH_MEMORY, *MASKS)
-        if summary.get(measure.key) is not None
+        if (value := finite(summary, measure.key)) is not None
     ]
 
 
 def _classes(description: dict[str, Any], summary: dict[str, Any]) -> list[tuple[int, str, str, str]]:
     """(mask value, name, colour, IoU on val) of every class."""
     names = ["background", *description["classes"]]
-    ious = summary.get("per_class", {}).get("val") or [None] * len(names)
+    per_class = summary.get("per_class")
+    ious = per_class.get("val") if isinstance(per_class, dict) else None
+    if not isinstance(ious, list) or len(ious) != len(names):  # nobody measured, or not with these classes
+        ious = [None] * len(names)
     colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in description["palette"]]
-    shown = ["–" if iou is None else f"{iou:.1f}" for iou in ious]
+    shown = [f"{iou:.1f}" if isinstance(iou, int | float) else "–" for iou in ious]
     return list(zip(range(len(names)), names, colors, shown, strict=True))
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcic.card import model_card
+from mcic.card import model_card, training_facts
 from mcic.checkpoint import NETWORK, load_network, save_network
 from mcic.config_io import load_config
 from mcic.data import build_data
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("safetensors", "torch", "onnx")
 FILES = {"safetensors": f"{NETWORK}.safetensors", "torch": f"{NETWORK}.pt2", "onnx": f"{NETWORK}.onnx"}
 DESCRIPTION, CARD = f"{NETWORK}.json", "README.md"
+_TARGETS = (*FILES.values(), DESCRIPTION, CARD)
 
 MAX_DIFFERENCE = 1e-3
 """a file is refused where a logit is off by more than this share of the largest logit (of 1 where that is smaller)"""
@@ -111,36 +112,58 @@ def export_network(
         out: made if need be; it gets files only if all of them are written and pass.
         formats: of `FORMATS`, safetensors always; None: all that can be written here.
         images: files to compare on; none: images of the run's val split.
-        overwrite: replace an earlier export.
+        overwrite: replace an earlier export, all of its files.
 
     Returns:
         One check per format.
 
     Raises:
-        ValueError: no network at `model`, no images to compare on, packages that are missing, files that exist, or a
-            file whose scores are off by more than `MAX_DIFFERENCE` or whose classes by more than `MIN_EQUAL` allows.
+        ValueError: no network at `model`, no images to compare on, packages that are missing, files at `out` that
+            exist or (with `overwrite`) are of no export, or a file whose scores are off by more than `MAX_DIFFERENCE`
+            or whose classes by more than `MIN_EQUAL` allows.
     """
     formats = _formats(formats)
-    targets = [*(FILES[name] for name in formats), DESCRIPTION, CARD]
-    existing = [name for name in targets if (out / name).exists()]
-    if existing and not overwrite:
-        raise ValueError(f"{out} has {', '.join(existing)} already: choose another folder for --out, or --overwrite")
+    _check_target(out, overwrite=overwrite)
     network, card = read_network(model)
+    config, summary = training_facts(model)
     batches = check_batches(model, images, card)
     staging = out.absolute().with_name(f".{out.absolute().name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         checks = _write(staging, network, card, formats, batches)
-        _describe(staging, model, checks)
+        card = _describe(staging, checks)
+        (staging / CARD).write_text(model_card(card, config=config, summary=summary), encoding="utf-8")
         out.mkdir(parents=True, exist_ok=True)
-        for name in {*FILES.values(), DESCRIPTION, CARD}:
-            if name in targets:
+        for name in _TARGETS:
+            if (staging / name).exists():
                 os.replace(staging / name, out / name)
             else:
-                (out / name).unlink(missing_ok=True)  # of an earlier export of another network
+                (out / name).unlink(missing_ok=True)  # of the earlier export
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return checks
+
+
+def _check_target(out: Path, *, overwrite: bool) -> None:
+    """Raise ValueError where `out` is no folder, or holds files that may not be replaced."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file")
+    existing = [name for name in _TARGETS if (out / name).exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{out} has {', '.join(existing)} already: choose another folder for --out, or --overwrite")
+    if existing and not _is_export(out):
+        raise ValueError(
+            f"{out} has {', '.join(existing)}, but no {DESCRIPTION} that says they are an earlier export: choose "
+            "another folder for --out, or remove them yourself"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(description, dict) and description.get("format") == "mcic-network"
 
 
 def _formats(formats: Sequence[str] | None) -> list[str]:
@@ -285,8 +308,8 @@ _READERS: dict[str, Callable[[Path], Run]] = {
 }  # fmt: skip
 
 
-def _describe(folder: Path, model: Path, checks: list[Check]) -> None:
-    """Add the contract and the checks to `network.json`, and write the model card."""
+def _describe(folder: Path, checks: list[Check]) -> dict[str, Any]:
+    """Add the contract and the checks to `network.json`; returns its content."""
     path = folder / DESCRIPTION
     card = json.loads(path.read_text())
     card["contract"] = {
@@ -303,4 +326,4 @@ def _describe(folder: Path, model: Path, checks: list[Check]) -> None:
     }  # fmt: skip
     card["checks"] = [asdict(check) for check in checks]
     path.write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
-    (folder / CARD).write_text(model_card(card, model), encoding="utf-8")
+    return card

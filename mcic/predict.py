@@ -72,9 +72,17 @@ def read_network(path: Path) -> tuple[SegmentationNetwork, dict]:
         reason = "this run has not finished" if unfinished else "expected a run, or a folder that mcic export wrote"
         raise ValueError(f"{path} holds no {NETWORK}.json: {reason}")
     try:
-        return load_network(folder)
-    except (KeyError, TypeError, OSError, SafetensorError, json.JSONDecodeError) as error:
+        network, card = load_network(folder)
+        classes, colors = len(card["classes"]) + 1, np.array(card["palette"], np.uint8).shape
+        long_side = card.get("long_side", 0)
+    except (KeyError, TypeError, OverflowError, OSError, SafetensorError, UnicodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds a network that cannot be read: {type(error).__name__}: {error}") from error
+    if (classes, *colors) != (card["num_classes"], classes, 3) or not isinstance(long_side, int):
+        raise ValueError(
+            f"{folder / NETWORK}.json is damaged: expected {card['num_classes']} classes with background, a colour for "
+            f"each and long_side in pixels, got {classes} classes, colours {list(colors)} and long_side {long_side!r}"
+        )
+    return network, card
 
 
 class Predictor:
@@ -188,7 +196,9 @@ class Predictor:
                 confidences[part] = (best - scores.logsumexp(1)).exp_().cpu().numpy()
                 if probabilities is not None:
                     probabilities[part[0], :, *part[1:]] = scores.softmax(1).cpu().numpy()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # CPU
+                raise
             raise ValueError(
                 f"the memory of {self.device} does not hold {len(images)} images in pieces of up to {self.tile} pixels "
                 "a side: choose a smaller tile"

@@ -6,8 +6,9 @@
     areas.csv               a row for every image and class that occurs
     predictions.json        the network and the settings that all of them were made with
 
-`areas.csv` also is the memory of which image has which name. An image's rows come first and its mask comes last: a mask
-in `labels/` whose image is in the table is complete.
+`areas.csv` also is the memory of which image has which name, and of what its mask was made with (`made_with`, a digest
+of network, settings and tags). An image's old mask goes first, then its rows come, and its mask comes last: a mask in
+`labels/` whose image is in the table is complete and what the rows say.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 
 LABELS, OVERLAYS, CONFIDENCE = "labels", "overlays", "confidence"
 _FILES = {LABELS: ".png", OVERLAYS: ".jpg", CONFIDENCE: ".png"}
-_COLUMNS = ("image", "name", "width", "height", "class", "pixels", "percent", "mean_confidence")
+_COLUMNS = ("image", "name", "width", "height", "class", "pixels", "percent", "mean_confidence",
+            "made_with")  # fmt: skip
 _PROGRESS_INTERVAL = 10.0  # seconds
 
 
@@ -132,37 +134,40 @@ def predict_files(
 ) -> Outcome:  # fmt: skip
     """Predict images into a folder.
 
-    Images that have a mask there are passed over, so that a call can be repeated after an interruption. Nothing is
-    written over but, with `overwrite`, what an earlier call wrote for the same image: where another file has the name,
-    the new one becomes `<name>-2`. An image that cannot be read is named in a warning and passed over.
+    Images that have a mask there, made with the same tags, are passed over, so that a call can be repeated after an
+    interruption. Nothing is written over but what an earlier call wrote for the same image: where another file has the
+    name, the new one becomes `<name>-2`. An image that cannot be read is named in a warning and passed over; what was
+    written for it earlier stays.
 
     Args:
         images: of `find_images`.
         out: made if need be.
         tags: the classes that may occur: by the path of the image, or for all of them; None: all classes.
         overlays, confidence: whether to write these, too.
-        overwrite: predict images again that have a mask.
+        overwrite: predict images again that have a mask; of another network or settings, masks of other images go.
 
     Raises:
-        ValueError: the folder holds masks of another network or other settings, or another program's areas.csv.
+        ValueError: `out` is a file, or holds masks of another network or other settings, or another program's
+            areas.csv.
         OSError: a file cannot be written.
     """
     for names in [tags] if not isinstance(tags, dict) else set(tags.values()):
         predictor.allowed(names)  # a wrong name is no fault of an image
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {out} is a file")
     table = _Table(out / "areas.csv")
-    if not _store_settings(out, _settings(predictor, tags), overwrite=overwrite):
-        table.keep(images)
+    settings = _settings(predictor, tags)
+    if _differs(out, settings, overwrite=overwrite):
+        _forget_others(images, table, out)
     names = _names(images, table, out)
-    done = set()
-    for image in images:
-        mask = _file(out, LABELS, names[image.path])
-        if overwrite:
-            mask.unlink(missing_ok=True)
-        elif str(image.path) in table.rows and mask.is_file():
-            done.add(image.path)
+    digests = {image.path: _digest(settings, tags[image.path] if isinstance(tags, dict) else ()) for image in images}
+    done = {
+        image.path for image in images
+        if not overwrite and table.digest(image.path) == digests[image.path]
+        and _file(out, LABELS, names[image.path]).is_file()
+    }  # fmt: skip
     table.rewrite()
-    failed: list[Path] = []
+    predicted, failed = 0, []
     started = reported = time.monotonic()
     for number, image in enumerate(images):
         if image.path in done:
@@ -171,14 +176,32 @@ def predict_files(
             reported = time.monotonic()
             log.info("%d of %d images, %.0f s", number, len(images), reported - started)
         try:
+            _check_utf8(image.path)
             result = predictor.predict(image.path, tags=tags[image.path] if isinstance(tags, dict) else tags)
         except (ValueError, MemoryError) as error:
-            log.warning("passed over: %s", error if isinstance(error, ValueError) else f"no memory for {image.path}")
+            _warn(image.path, error)
             failed.append(image.path)
             continue
-        _write(result, image, names[image.path], out, table, overlays=overlays, confidence=confidence)
+        if not predicted:  # not earlier: where no image can be read, nothing is written
+            _store_settings(out, settings)
+        predicted += 1
+        _write(result, image, names[image.path], out, table, made_with=digests[image.path], overlays=overlays,
+               confidence=confidence)  # fmt: skip
     table.rewrite()
-    return Outcome(len(images) - len(done) - len(failed), len(done), tuple(failed))
+    return Outcome(predicted, len(done), tuple(failed))
+
+
+def _warn(path: Path, error: ValueError | MemoryError) -> None:
+    shown = os.fsencode(path).decode("utf-8", "replace")
+    reason = str(error) if isinstance(error, ValueError) else "no memory for it"
+    log.warning("passed over: %s", reason if shown in reason else f"{shown}: {reason}")
+
+
+def _check_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its name is not UTF-8, as areas.csv is: rename it") from None
 
 
 class _Table:
@@ -201,16 +224,25 @@ class _Table:
         if not self.path.is_file():
             return
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text, head = self.path.read_text(encoding="utf-8"), _csv_text([], header=True)
+            if not text.startswith(head) and not head.startswith(text):
+                raise ValueError("other columns")
             for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
                 yield {**row, **{name: int(row[name]) for name in ("width", "height", "pixels")}}
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{self.path} is not of mcic predict: choose another folder for --out") from error
 
-    def keep(self, images: Sequence[ImageFile]) -> None:
-        """Forget all images but these."""
+    def digest(self, image: Path) -> str | None:
+        """What an image's mask was made with, see `_digest`."""
+        rows = self.rows.get(str(image))
+        return rows[0]["made_with"] if rows else None
+
+    def keep(self, images: Sequence[ImageFile]) -> list[str]:
+        """Forget all images but these; returns the names of the others."""
         kept = {str(image.path) for image in images}
+        forgotten = [rows[0]["name"] for image, rows in self.rows.items() if image not in kept]
         self.rows = {image: rows for image, rows in self.rows.items() if image in kept}
+        return forgotten
 
     def add(self, image: Path, rows: list[dict[str, Any]]) -> None:
         """Put the rows of an image at the end, in the file too."""
@@ -237,13 +269,16 @@ def _csv_text(rows: list[dict[str, Any]], *, header: bool) -> str:
 
 
 def _write(
-    result: Segmentation, image: ImageFile, name: str, out: Path, table: _Table, *, overlays: bool, confidence: bool
-) -> None:
-    """Everything of one image; its rows first, its mask last."""
+    result: Segmentation, image: ImageFile, name: str, out: Path, table: _Table, *, made_with: str, overlays: bool,
+    confidence: bool,
+) -> None:  # fmt: skip
+    """Everything of one image, in the place of what was there: its rows first, its mask last."""
+    _remove(out, name)
     height, width = result.mask.shape
     table.add(image.path, [
         {"image": str(image.path), "name": name, "width": width, "height": height, "class": area.name,
-         "pixels": area.pixels, "percent": f"{area.percent:.4f}", "mean_confidence": f"{area.mean_confidence:.4f}"}
+         "pixels": area.pixels, "percent": f"{area.percent:.4f}", "mean_confidence": f"{area.mean_confidence:.4f}",
+         "made_with": made_with}
         for area in result.areas()
     ])  # fmt: skip
     if overlays:
@@ -274,6 +309,12 @@ def _file(out: Path, folder: str, name: str) -> Path:
     return path.with_name(path.name + _FILES[folder])
 
 
+def _remove(out: Path, name: str) -> None:
+    """The files of one image, its mask first."""
+    for folder in _FILES:
+        _file(out, folder, name).unlink(missing_ok=True)
+
+
 def _settings(predictor: Predictor, tags: dict[Path, frozenset[str]] | Sequence[str] | None) -> dict[str, Any]:
     """What masks of one folder have in common."""
     restricted: Any = "by image" if isinstance(tags, dict) else tags if tags is None else sorted(tags)
@@ -283,8 +324,13 @@ def _settings(predictor: Predictor, tags: dict[Path, frozenset[str]] | Sequence[
     }  # fmt: skip
 
 
-def _store_settings(out: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
-    """Write `predictions.json`; whether what is in the folder was made with the same settings."""
+def _digest(settings: dict[str, Any], allowed: Iterable[str]) -> str:
+    """What one image's mask is made with, in 12 hexadecimal digits: the settings, and its tags where it has its own."""
+    return hashlib.sha256(json.dumps([settings, sorted(allowed)]).encode()).hexdigest()[:12]
+
+
+def _differs(out: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether what is in the folder was made with other settings; raises ValueError if so, but with `overwrite`."""
     path = out / "predictions.json"
     differing = []
     if path.is_file():
@@ -296,8 +342,19 @@ def _store_settings(out: Path, settings: dict[str, Any], *, overwrite: bool) -> 
     if differing and not overwrite:
         raise ValueError(f"{out} holds masks of another {' and '.join(differing)}: choose another folder for --out, "
                          "or --overwrite")  # fmt: skip
-    _replace(path, json.dumps({"mcic": __version__, "settings": settings}, indent=1, ensure_ascii=False))
-    return not differing
+    return bool(differing)
+
+
+def _forget_others(images: Sequence[ImageFile], table: _Table, out: Path) -> None:
+    """Remove what was written for images that are not among these."""
+    for name in table.keep(images):
+        _remove(out, name)
+
+
+def _store_settings(out: Path, settings: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"mcic": __version__, "settings": settings}, indent=1, ensure_ascii=False)
+    _replace(out / "predictions.json", text)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -56,13 +56,13 @@ def read_run(path: Path) -> RunFolder:
         raise ValueError(f"{path} has neither metrics.jsonl nor summary.json: the run stopped before its first step")
     return RunFolder(
         path=path,
-        config=_read(path / "config.yaml", dict),
-        env=_read(path / "env.json", dict),
+        config=read_document(path / "config.yaml", dict),
+        env=read_document(path / "env.json", dict),
         metrics=_read_lines(path / "metrics.jsonl"),
         evaluations=_read_lines(path / "evaluations.jsonl"),
-        summary=_read(path / "summary.json", dict),
-        examples=_read(path / EXAMPLES / "index.json", list),
-        readings=_read(path / EXAMPLES / "readings.json", dict),
+        summary=read_document(path / "summary.json", dict),
+        examples=read_document(path / EXAMPLES / "index.json", list),
+        readings=read_document(path / EXAMPLES / "readings.json", dict),
     )
 
 
@@ -83,8 +83,12 @@ def steps(rows: list[dict[str, Any]]) -> np.ndarray:
     return np.array([row.get("step", place) for place, row in enumerate(rows)], dtype=float)
 
 
-def _read(path: Path, kind: type) -> Any:
-    """The content of a YAML or JSON file, which must be a `kind`; an empty one where there is no file."""
+def read_document(path: Path, kind: type) -> Any:
+    """The content of a YAML or JSON file, which must be a `kind` (dict or list); an empty one where there is no file.
+
+    Raises:
+        ValueError: names the file, which is neither or holds something else.
+    """
     if not path.is_file():
         return kind()
     try:

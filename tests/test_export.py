@@ -182,10 +182,61 @@ def test_nothing_is_replaced_unasked(finished, tmp_path):
     with pytest.raises(ValueError, match=r"has README\.md already"):
         export_network(finished, out, formats=["safetensors"])
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "README.md"]
+    with pytest.raises(ValueError, match=r"no network\.json that says they are an earlier export"):
+        export_network(finished, out, formats=["safetensors"], overwrite=True)
+    (out / "README.md").rename(out / "network.onnx")  # of a format that is not asked for
+    with pytest.raises(ValueError, match=r"has network\.onnx already"):
+        export_network(finished, out, formats=["safetensors"])
+    assert (out / "network.onnx").read_text() == "mine"
+
+
+def test_an_earlier_export_is_replaced_on_request(finished, tmp_path):
+    out = tmp_path / "out"
+    export_network(finished, out, formats=["safetensors"])
     (out / "network.onnx").write_text("of an earlier network")
+    (out / "notes.txt").write_text("mine")
     export_network(finished, out, formats=["safetensors"], overwrite=True)
-    assert {path.name for path in out.iterdir()} == {"README.md", "network.json", "network.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"README.md", "network.json", "network.safetensors", "notes.txt"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "a: [1\n"), ("config.yaml", "- 1\n"), ("config.yaml", "data:\n"), ("summary.json", "[]"),
+        ("summary.json", "{"), ("checkpoints/network.json", None),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_before_the_work(finished, tmp_path, capsys, monkeypatch, name, content):
+    shutil.copytree(finished, tmp_path / "run")
+    if content is None:
+        card = json.loads((finished / name).read_text())
+        del card["palette"]
+        content = json.dumps(card)
+    (tmp_path / "run" / name).write_text(content)
+    Image.fromarray(images_of((1, 40, 50))[0]).save(tmp_path / "a.png")
+    monkeypatch.setattr(export, "_write", None)
+    status, _, error = command(capsys, tmp_path / "run", "--out", tmp_path / "out", "--images", tmp_path / "a.png")
+    assert status == 2
+    assert Path(name).parent.name in error
+    assert "palette" in error or Path(name).name in error
+    assert error.count("\n") == 1
+
+
+def test_the_card_takes_a_summary_of_other_classes(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text('{"per_class": {"val": [1]}, "val/miou": "?"}')
+    export_network(tmp_path / "run", tmp_path / "out", formats=["safetensors"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 2 | dotted | `#008000` | – |" in card
+    assert "Not measured" in card
+
+
+def test_out_must_be_a_folder_before_the_work(finished, tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("mine")
+    monkeypatch.setattr(export, "_write", None)
+    with pytest.raises(ValueError, match="--out must be a folder"):
+        export_network(finished, tmp_path / "out", formats=["safetensors"])
 
 
 def test_without_onnx(finished, tmp_path, monkeypatch, caplog):

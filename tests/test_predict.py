@@ -390,7 +390,9 @@ def interrupt(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("torn", ["", "{image},b/x,50,4", "{image},b/x,50,40,cat,17", "{image},b/x,50,40,dog,17,1,1\n"])
+@pytest.mark.parametrize(
+    "torn", ["", "{image},b/x,50,4", "{image},b/x,50,40,cat,17", "{image},b/x,50,40,dog,17,1,1,0\n"]
+)
 def test_an_interrupted_call_goes_on(predictor, photos, tmp_path, interrupt, torn):
     out, complete = tmp_path / "out", tmp_path / "complete"
     predicted(predictor, [photos], complete)
@@ -415,8 +417,9 @@ def test_an_interrupted_overwriting_goes_on(predictor, photos, tmp_path, interru
 
 def test_rows_that_do_not_make_up_an_image_are_dropped(tmp_path):
     table = tmp_path / "areas.csv"
-    head = "image,name,width,height,class,pixels,percent,mean_confidence\n"
-    table.write_text(head + "/a,a,2,3,cat,5,1,1\n/b,b,2,3,background,4,1,1\n/b,b,2,3,dog,2,1,1\n/b,b,2,3,dog,6,1,1\n")
+    head = "image,name,width,height,class,pixels,percent,mean_confidence,made_with\n"
+    rows = ["/a,a,2,3,cat,5,1,1,0", "/b,b,2,3,background,4,1,1,0", "/b,b,2,3,dog,2,1,1,0", "/b,b,2,3,dog,6,1,1,0"]
+    table.write_text(head + "\n".join(rows) + "\n")
     rows = _Table(table).rows
     assert rows.keys() == {"/b"}
     assert [row["class"] for row in rows["/b"]] == ["dog"]  # predicted again
@@ -431,11 +434,65 @@ def test_another_network_or_other_tags_need_another_folder(predictor, photos, tm
     assert files_below(out) == before
     predicted(predictor, [photos / "a"], out, tags=["cat"], overwrite=True)
     assert {row["class"] for row in rows_of(out)} <= {"background", "cat"}
-    assert files_below(out).keys() == before.keys()
-    (out / "areas.csv").write_text("my,own\n1,2\n")
-    with pytest.raises(ValueError, match="not of mcic predict"):
-        predicted(predictor, [photos], out, tags=["cat"])
-    assert (out / "areas.csv").read_text() == "my,own\n1,2\n"
+    kept = {f"{folder}/a/{name}" for folder, name in (("labels", "x.png"), ("labels", "x-2.png"),
+            ("overlays", "x.jpg"), ("overlays", "x-2.jpg"))}  # fmt: skip
+    assert files_below(out).keys() == kept | {"areas.csv", "predictions.json"}  # b's were of other tags
+    for own in ("my,own\n1,2\n", "site,area,owner\n", "notes"):
+        (out / "areas.csv").write_text(own)
+        with pytest.raises(ValueError, match="not of mcic predict"):
+            predicted(predictor, [photos], out, tags=["cat"])
+        assert (out / "areas.csv").read_text() == own
+
+
+def test_changed_tags_of_an_image_predict_it_again(predictor, photos, tmp_path):
+    out, paths = tmp_path / "out", [photos / "a" / name for name in ("x.jpg", "x.png")]
+    predicted(predictor, paths, out, tags={path: frozenset({"cat"}) for path in paths})
+    tags = {paths[0]: frozenset({"dog"}), paths[1]: frozenset({"cat"})}
+    outcome = predicted(predictor, paths, out, tags=tags)
+    assert (outcome.predicted, outcome.kept) == (1, 1)
+    np.testing.assert_array_equal(read_mask(out / "labels" / "x.png"), predictor.predict(paths[0], tags="dog").mask)
+
+
+def test_what_cannot_be_predicted_again_stays_as_it_was(predictor, photos, tmp_path, caplog):
+    out = tmp_path / "out"
+    predicted(predictor, [photos], out)
+    before = files_below(out)
+    (photos / "a" / "x.jpg").write_bytes(b"broken")
+    outcome = predicted(predictor, [photos], out, overwrite=True)
+    assert (outcome.predicted, outcome.failed) == (3, (photos / "a" / "x.jpg",))
+    after = files_below(out)
+    assert {name: after[name] for name in before if name != "areas.csv"} == {
+        name: before[name] for name in before if name != "areas.csv"
+    }
+    assert {row["name"] for row in rows_of(out)} == {"a/x", "a/x-2", "b/x", "b/ü ö"}
+
+
+def test_a_name_that_is_not_utf8_is_passed_over(folder, photos, capsys, tmp_path):
+    try:
+        (photos / "a" / "x.jpg").rename(photos / "a" / "caf\udce9.jpg")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    status, said, _ = command(capsys, folder, photos, "--out", tmp_path / "out")
+    assert status == 1
+    assert "caf\ufffd.jpg: its name is not UTF-8" in " ".join(said.split())
+    assert {row["name"] for row in rows_of(tmp_path / "out")} == {"a/x", "b/x", "b/ü ö"}
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError()]
+)
+def test_an_image_that_memory_does_not_hold_is_passed_over(predictor, photos, tmp_path, monkeypatch, caplog, error):
+    def fail(images):
+        raise error
+
+    monkeypatch.setattr(predictor, "_scores", fail)
+    outcome = predicted(predictor, [photos / "b"], tmp_path / "out")
+    assert len(outcome.failed) == 2
+    assert str(photos / "b" / "x.jpg") in caplog.text
+    assert not (tmp_path / "out").exists()
+    error = RuntimeError("a fault of the program")
+    with pytest.raises(RuntimeError, match="a fault"):
+        predicted(predictor, [photos / "b"], tmp_path / "out")
 
 
 # Command line
@@ -460,6 +517,7 @@ def test_exit_status_says_how_it_went(folder, photos, tmp_path, capsys):
     assert "there already" in said
     status, said, _ = command(capsys, folder, photos / "a" / "broken.jpg", "--out", tmp_path / "none")
     assert status == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_tags_from_the_command_line(folder, photos, tmp_path, capsys):
@@ -512,11 +570,21 @@ def test_folders_that_hold_no_network(folder, tmp_path):
         (tmp_path / "network.json").write_text(broken)
         with pytest.raises(ValueError, match="cannot be read"):
             mcic.load(tmp_path)
-    (tmp_path / "network.json").write_text((folder / "network.json").read_text())
+    whole = json.loads((folder / "network.json").read_text())
+    (tmp_path / "network.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="cannot be read"):
         mcic.load(tmp_path)
     (tmp_path / "network.safetensors").write_bytes((folder / "network.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
+        mcic.load(tmp_path)
+    (tmp_path / "network.safetensors").write_bytes((folder / "network.safetensors").read_bytes())
+    for damage in ({"palette": [[0, 0, 0]]}, {"palette": [[0, 0, 999]] * 4}, {"classes": ["ant"]}, {"long_side": "x"}):
+        (tmp_path / "network.json").write_text(json.dumps({**whole, **damage}))
+        with pytest.raises(ValueError, match=r"cannot be read|network\.json is damaged"):
+            mcic.load(tmp_path)
+    del whole["palette"]
+    (tmp_path / "network.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="cannot be read: KeyError: 'palette'"):
         mcic.load(tmp_path)
 
 
