@@ -20,19 +20,32 @@ def encode_rle(mask: np.ndarray) -> dict[str, list[int]]:
     return {"size": list(mask.shape), "counts": counts.tolist()}
 
 
-def coco_instances(dataset: Dataset, labels: Path) -> dict[str, Any]:
+def coco_instances(dataset: Dataset, labels: Path, *, root: Path | None) -> dict[str, Any]:
     """COCO instances of the label maps `labels/<id>.png`; image and annotation ids count from 1, category ids are mask
-    values. Background and ignored pixels are in no region."""
+    values. Background and ignored pixels are in no region.
+
+    `file_name` is the image's path below `root`, the folder of the data, or its id where it is no file in there.
+    """
     images, annotations = [], []
     for index, image_id in enumerate(dataset.ids):
-        label, path = read_mask(labels / f"{image_id}.png"), dataset.path(index)
+        label = read_mask(labels / f"{image_id}.png")
         height, width = label.shape
-        name = image_id if path is None else path.name
+        name = _below(root, dataset.path(index)) or image_id
         images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
         for value in np.unique(label[(label != 0) & (label != IGNORE)]).tolist():
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **_region(label == value, value)})
     categories = [{"id": value, "name": name} for value, name in enumerate(dataset.classes, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _below(root: Path | None, path: Path | None) -> str | None:
+    """The path relative to `root`, with slashes; None where there is none."""
+    if root is None or path is None:
+        return None
+    for folder in (root.expanduser(), root.expanduser().resolve()):  # a data set may have resolved it
+        if path.is_relative_to(folder):
+            return path.relative_to(folder).as_posix()
+    return None
 
 
 def _region(mask: np.ndarray, category: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,18 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 
-def initialize(device: torch.device) -> None:
-    """Join the process group that `torchrun` announces through the environment, if there is one."""
+def initialize(device: torch.device, timeout: timedelta | None = None) -> None:
+    """Join the process group that `torchrun` announces through the environment, if there is one.
+
+    Args:
+        device: of this process.
+        timeout: how long one rank may wait for another before all are ended; None: torch's own (NCCL 10 minutes, gloo
+            30), too short where ranks work for long, each on its own share, between two exchanges.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
 
 def finish() -> None:

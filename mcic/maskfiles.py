@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,24 @@ SETTINGS, MANIFEST, COCO = "settings.json", "masks.json", "coco.json"
 PARTS = ("labels", "confidence")
 FORMAT = "mcic-masks"
 
+_MEANINGS = {
+    "checkpoint": "another checkpoint", "weights": "other weights", "data": "other images, classes or tags",
+}  # fmt: skip
+"""what it means when an entry of the settings differs whose value says nothing to a person"""
+
 
 def claim_folder(folder: Path, record: dict[str, Any], *, overwrite: bool) -> None:
     """Make `folder` the place of masks with the settings `record`, for all ranks together.
 
     What is there with the same settings stays, unless `overwrite`: then all masks in it are removed.
 
+    Args:
+        folder: made if need be.
+        record: all that decides over the masks; `weights` and `data` in it are digests.
+        overwrite: remove what is there.
+
     Raises:
-        ValueError: it holds other files, or masks of other settings and not `overwrite`.
+        ValueError: it holds other files, or masks of other settings, weights or data and not `overwrite`.
     """
     record = json.loads(json.dumps({"format": FORMAT, **record}))  # as it is read back: lists for tuples
     found = _settings(folder)
@@ -31,12 +42,12 @@ def claim_folder(folder: Path, record: dict[str, Any], *, overwrite: bool) -> No
     differing = [] if found is None or overwrite else [name for name in record if found.get(name) != record[name]]
     if differing:
         name = differing[0]
-        raise ValueError(f"{folder} holds masks of other settings ({name} {found.get(name)}, now {record[name]}): "
-                         "choose another --out, or --overwrite to make them anew")  # fmt: skip
+        what = _MEANINGS.get(name, f"other settings ({name} {found.get(name)}, now {record[name]})")
+        raise ValueError(f"{folder} holds masks of {what}: choose another --out, or --overwrite to make them anew")
     distributed.barrier()  # every rank has looked before the first one writes
     if distributed.rank() == 0:
         if overwrite:
-            for old in (folder / MANIFEST, folder / COCO, *_pngs(folder)):
+            for old in (folder / MANIFEST, folder / COCO, *_images(folder)):
                 old.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, record)  # first: what follows is ours
@@ -52,16 +63,24 @@ def is_written(folder: Path, image_id: str) -> bool:
 
 def write_png(path: Path, image: Image.Image) -> None:
     """Save under a temporary name, then rename."""
-    temporary = path.with_name(f".rank-{distributed.rank()}.partial")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    _replace(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Save under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, save: Callable[[Path], object]) -> None:
+    # The process's number keeps two commands apart that were started on one folder, the rank those of two machines.
+    temporary = path.with_name(f".rank-{distributed.rank()}-{os.getpid()}.partial")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
@@ -73,5 +92,6 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
-def _pngs(folder: Path) -> list[Path]:
-    return [file for part in PARTS for file in (folder / part).glob("*.png")]
+def _images(folder: Path) -> list[Path]:
+    """The masks, and what a command that was killed had begun."""
+    return [file for part in PARTS for kind in ("*.png", ".rank-*.partial") for file in (folder / part).glob(kind)]

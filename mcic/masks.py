@@ -14,23 +14,23 @@ Sizes are those of the upright images, also where a run reduced them. No ground 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from mcic import __version__, distributed
-from mcic.checkpoint import checkpoints
+from mcic.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from mcic.coco_json import coco_instances
 from mcic.config import MethodConfig
 from mcic.data import Dataset, EvalItem, default_workers, eval_items
@@ -44,6 +44,7 @@ from mcic.model import MCIC
 from mcic.pseudo import IGNORE, cam_scores, with_background
 from mcic.refine import Method, refine
 from mcic.restore import RestoredRun, restore_run
+from mcic.tiles import enlarged
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ pixels below 0.9 were wrong, of the others 3 to 5 in a hundred."""
 
 PROGRESS_SECONDS = 10.0
 
+TIMEOUT = timedelta(hours=24)
+"""how long a rank that has made its share waits for the others"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskSettings:
@@ -65,7 +69,7 @@ class MaskSettings:
     source: Source | None = None
     """see `soft_masks`; None: merged where the run has a bank, else network"""
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)
-    """sizes of the image at which the network looks at it"""
+    """sizes of the image at which the network looks at it, 0.1…10 times its own"""
     flip: bool = True
     """also at its mirror image"""
     refine: Method = "crf"
@@ -74,8 +78,8 @@ class MaskSettings:
     """pixels whose winning class is less probable are ignored, 0…1; None: as `UNSURE` says for the refinement"""
 
     def __post_init__(self) -> None:
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"--scales must be one or more positive numbers, got {list(self.scales)}")
+        if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
+            raise ValueError(f"--scales must be one or more numbers between 0.1 and 10, got {list(self.scales)}")
         if self.unsure is not None and not 0 <= self.unsure <= 1:
             raise ValueError(f"--unsure must be between 0 and 1, got {self.unsure}")
 
@@ -100,14 +104,14 @@ def write_masks(
 
     Raises:
         ValueError: no run with a checkpoint, a source that it does not have, images that cannot be read, a folder with
-            other files, or with masks of other settings and not `overwrite`.
+            other files, or with masks of other settings, weights or data and not `overwrite`.
     """
     restored = restore_run(run, device=device)
-    distributed.initialize(restored.device)
-    settings = _complete(settings, restored.model)
+    distributed.initialize(restored.device, TIMEOUT)
+    settings = _complete(settings, restored)
     dataset = getattr(restored.data, settings.split)
     folder = run / "masks" if out is None else out
-    record = {"checkpoint": checkpoints(run / "checkpoints")[-1].name, **asdict(settings)}
+    record = {**_made_from(restored.checkpoint, dataset), **asdict(settings)}
     claim_folder(folder, record, overwrite=overwrite)
     missing = [index for index, image_id in enumerate(dataset.ids) if not is_written(folder, image_id)]
     distributed.barrier()  # every rank has counted before the first one writes
@@ -121,11 +125,13 @@ def write_masks(
     manifest = {
         "format": FORMAT, "version": __version__, "run": str(run), "settings": record, "count": len(dataset),
         "classes": ["background", *dataset.classes], "palette": dataset.palette.tolist(),
-        "ground_truth_used": _ground_truth_used(restored), "measured": measured,
+        "ground_truth_used": restored.ground_truth_used, "measured": measured,
     }  # fmt: skip
     if distributed.rank() == 0:
         if coco:
-            write_json(folder / COCO, coco_instances(dataset, folder / "labels"))
+            root = restored.config.data.root
+            content = coco_instances(dataset, folder / "labels", root=None if root is None else Path(root))
+            write_json(folder / COCO, content)
         write_json(folder / MANIFEST, manifest)
     distributed.barrier()
     distributed.finish()
@@ -185,12 +191,26 @@ def decide(probabilities: Tensor, *, unsure: float) -> tuple[Tensor, Tensor]:
     return label, (best * 255).round().to(torch.uint8)
 
 
-def _complete(settings: MaskSettings, model: MCIC) -> MaskSettings:
-    """Without a field that is None, and with a source that the model has."""
-    bank = model.memory is not None
+def _made_from(checkpoint: Path, dataset: Dataset) -> dict[str, str]:
+    """The checkpoint, and digests of its weights and of what the data set says of the images."""
+    files = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_bytes())["files"]
+    data = hashlib.sha256(json.dumps([dataset.ids, dataset.classes, dataset.long_side]).encode())
+    data.update(np.ascontiguousarray(dataset.tags).tobytes())
+    weights = files["model.safetensors"]["sha256"]
+    return {"checkpoint": checkpoint.name, "weights": weights, "data": data.hexdigest()}
+
+
+def _complete(settings: MaskSettings, restored: RestoredRun) -> MaskSettings:
+    """Without a field that is None, and with a source that the run trained."""
+    bank = restored.model.memory is not None
+    heatmaps = restored.config.method.supervision != "masks"
     source = settings.source or ("merged" if bank else "network")
     if source in ("merged", "context") and not bank:
-        raise ValueError(f"--source {source} needs a run with a bank (method.context bank): choose network or cam")
+        raise ValueError(f"--source {source} needs a run with a bank (method.context bank): choose network"
+                         f"{' or cam' * heatmaps}")  # fmt: skip
+    if source == "cam" and not heatmaps:
+        raise ValueError("--source cam needs a run trained with tags: heatmaps had no part in this one, which was "
+                         "trained with masks (method.supervision masks): choose network")  # fmt: skip
     unsure = UNSURE[settings.refine] if settings.unsure is None else settings.unsure
     return replace(settings, source=source, unsure=unsure)
 
@@ -229,10 +249,18 @@ def _mask(restored: RestoredRun, settings: MaskSettings, item: EvalItem) -> tupl
     )  # fmt: skip
     pixels = torch.from_numpy(item.pixels).to(device).permute(2, 0, 1)[None].float() / 255
     probabilities = refine(probabilities, pixels, method=settings.refine)
-    if tuple(item.full_size) != tuple(probabilities.shape[-2:]):
-        probabilities = F.interpolate(probabilities, size=tuple(item.full_size), mode="bilinear")
-    label, confidence = decide(probabilities, unsure=settings.unsure)
-    return label[0].cpu().numpy(), confidence[0].cpu().numpy()
+    return _at_full_size(probabilities[0], item, unsure=settings.unsure)
+
+
+def _at_full_size(probabilities: Tensor, item: EvalItem, *, unsure: float) -> tuple[np.ndarray, np.ndarray]:
+    """Decide over [K, h, w] at the image's full size, uint8 [H, W] twice: only its own classes, a band at a time."""
+    own = with_background(item.tags[None])[0].nonzero()[:, 0]
+    bands = enlarged(probabilities[own.to(probabilities.device)], tuple(item.full_size))
+    decided = [[part[0].cpu().numpy() for part in decide(wide[None], unsure=unsure)] for _, wide in bands]
+    place, confidence = (np.concatenate(parts) for parts in zip(*decided, strict=True))
+    values = np.full(256, IGNORE, np.uint8)
+    values[: len(own)] = own
+    return values[place], confidence
 
 
 def _measure(dataset: Dataset, folder: Path, device: torch.device) -> dict[str, float | None]:
@@ -248,10 +276,3 @@ def _measure(dataset: Dataset, folder: Path, device: torch.device) -> dict[str, 
     confusion.reduce()
     labelled, total = distributed.sum_(pixels).tolist()
     return {"mask_miou": confusion.miou(), "labelled": 100 * labelled / max(total, 1)}
-
-
-def _ground_truth_used(restored: RestoredRun) -> bool:
-    """Whether masks drawn by people trained the run or chose a threshold of it."""
-    summary = restored.folder / "summary.json"
-    said = json.loads(summary.read_text()).get("ground_truth_used", False) if summary.is_file() else False
-    return bool(said) or restored.config.method.supervision == "full"

@@ -24,15 +24,17 @@ class RestoredRun:
 
     Attributes:
         folder: of the run.
+        checkpoint: the newest whole one.
         config: as the run resolved it.
         data: its data set.
         saliency: its saliency source, or None.
-        model: the newest checkpoint's, bank included, in evaluation mode on `device`.
+        model: the checkpoint's, bank included, in evaluation mode on `device`.
         device: where the model is.
         ground_truth_used: masks that people drew trained the run or chose a threshold of it.
     """
 
     folder: Path
+    checkpoint: Path
     config: Config
     data: Splits
     saliency: SaliencySource | None
@@ -63,4 +65,4 @@ def restore_run(folder: Path, *, device: str | None = None) -> RestoredRun:
     model = build_model(model_config, config.method, num_classes=num_classes, backend=config.run.backend)
     load_checkpoint(path, model=model, classes=data.train.classes)
     model.to(place, memory_format=torch.channels_last).eval()
-    return RestoredRun(folder, config, data, saliency, model, place, used_ground_truth(path))
+    return RestoredRun(folder, path, config, data, saliency, model, place, used_ground_truth(path))

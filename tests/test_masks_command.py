@@ -2,35 +2,41 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from runs import short
-from trees import make_folder
+from trees import make_class_folders, make_folder, save_mask
 
 from mcic import masks as masks_module
 from mcic.cli import run as run_command
 from mcic.cli.masks import main
-from mcic.coco_json import encode_rle
+from mcic.coco_json import coco_instances, encode_rle
+from mcic.data.folder import Folder
 from mcic.data.targets import SavedMasks
 from mcic.inference import dense_protocol
+from mcic.maskfiles import write_json, write_png
 from mcic.masks import UNSURE, MaskSettings, decide, soft_masks, write_masks
 from mcic.pseudo import with_background
 from mcic.restore import restore_run
+from mcic.runfolder import read_document
 from mcic.trainer import Trainer
 
 FAST = MaskSettings(scales=(1.0,), flip=False, refine="none", unsure=0.5)
 
 
-def make_run(folder, **groups):
-    root = make_folder(folder.parent / f"{folder.name}-data")
+def make_run(folder, root=None, **groups):
+    root = root or make_folder(folder.parent / f"{folder.name}-data")
     changes = {
         "data": {"root": str(root), "train_images": None, "val_images": None, "saliency": "none"},
         "train": {"size": 33, "epochs": 2}, "model": {"backbone": "tiny", "weights": "none"},
@@ -102,7 +108,7 @@ def test_folder_of_masks(run, restored, tmp_path):
 def test_the_second_stage_reads_them(run, restored, tmp_path):
     write_masks(run, FAST, out=tmp_path / "masks")
     dataset, files = restored.data.train, pixels(tmp_path / "masks")
-    label, confidence = SavedMasks(tmp_path / "masks", dataset.classes)(dataset, 3)
+    label, confidence = SavedMasks(tmp_path / "masks", dataset)(dataset, 3)
     np.testing.assert_array_equal(label, files[f"labels/{dataset.ids[3]}.png"])
     np.testing.assert_allclose(confidence * 255, files[f"confidence/{dataset.ids[3]}.png"], atol=1e-3)
 
@@ -237,7 +243,8 @@ def test_files_of_others_are_left_alone(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--scales", "0"), "--scales must be one or more positive numbers"),
+        (("--scales", "0.0001"), "--scales must be one or more numbers between 0.1 and 10"),
+        (("--scales", "1", "11"), "--scales must be one or more numbers between 0.1 and 10"),
         (("--unsure", "1.5"), "--unsure must be between 0 and 1, got 1.5"),
         (("--source", "context"), "needs a run with a bank"),
         (("--device", "cuda:99"), "cuda:99"),
@@ -280,7 +287,7 @@ def test_coco_json(run, restored, tmp_path):
     for index, name in enumerate(dataset.ids):
         label = np.asarray(Image.open(tmp_path / "masks" / "labels" / f"{name}.png"))
         (image,) = coco.loadImgs([index + 1])
-        assert image["file_name"] == dataset.path(index).name
+        assert image["file_name"] == f"train/images/{dataset.path(index).name}"
         drawn = np.zeros_like(label)
         for region in coco.loadAnns(coco.getAnnIds(imgIds=[index + 1])):
             part = coco.annToMask(region).astype(bool)
@@ -304,10 +311,146 @@ def test_two_ranks_make_what_one_makes(run, tmp_path):
     assert (tmp_path / "two" / "coco.json").read_text() == (tmp_path / "one" / "coco.json").read_text()
 
 
-def test_ground_truth_is_admitted(run, tmp_path):
-    copy = tmp_path / "run"
+def test_ground_truth_is_admitted(run, tmp_path, monkeypatch):
+    uses = dataclasses.replace(restore_run(run, device="cpu"), ground_truth_used=True)
+    monkeypatch.setattr(masks_module, "restore_run", lambda folder, *, device: uses)
+    assert write_masks(run, FAST, out=tmp_path / "masks")["ground_truth_used"] is True
+    assert json.loads((tmp_path / "masks" / "masks.json").read_text())["ground_truth_used"] is True
+
+
+def copy_of_run(run, folder):
+    """The run and its data copied below `folder`."""
+    copy, root = folder / "run", folder / "data"
     shutil.copytree(run, copy)
-    summary = json.loads((copy / "summary.json").read_text())
-    (copy / "summary.json").write_text(json.dumps(summary | {"ground_truth_used": True}))
-    assert write_masks(copy, FAST)["ground_truth_used"] is True
-    assert (copy / "masks" / "masks.json").is_file()
+    shutil.copytree(run.parent / f"{run.name}-data", root)
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(str(run.parent / f"{run.name}-data"), str(root)))
+    return copy, root
+
+
+def test_masks_of_other_weights_are_not_taken_over(run, tmp_path, capsys):
+    other, out = make_run(tmp_path / "other", train={"seed": 7}), tmp_path / "masks"
+    assert command(run, "--out", out, *QUICK) == 0
+    before = pixels(out)
+    capsys.readouterr()
+    assert command(other, "--out", out, *QUICK) == 2
+    said = capsys.readouterr().err
+    assert "holds masks of other weights: choose another --out, or --overwrite" in said
+    assert len(said.splitlines()) == 1
+    assert_same_masks(before, pixels(out))
+    assert json.loads((out / "masks.json").read_text())["run"] == str(run)
+    assert command(other, "--out", out, *QUICK, "--overwrite") == 0
+    write_masks(other, FAST, out=tmp_path / "anew")
+    assert_same_masks(pixels(out), pixels(tmp_path / "anew"))
+
+
+def test_corrected_tags_ask_for_new_masks(run, tmp_path, capsys):
+    copy, root = copy_of_run(run, tmp_path)
+    assert command(copy, *QUICK) == 0
+    assert command(copy, *QUICK) == 0  # nothing has changed
+    table = root / "train" / "tags.csv"
+    assert "train_0.jpg,cat" in table.read_text()
+    table.write_text(table.read_text().replace("train_0.jpg,cat", "train_0.jpg,dog"))
+    capsys.readouterr()
+    assert command(copy, *QUICK) == 2
+    assert "holds masks of other images, classes or tags" in capsys.readouterr().err
+    assert command(copy, *QUICK, "--overwrite") == 0
+    assert 2 not in np.unique(pixels(copy / "masks")["labels/train_0.png"])
+
+
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_a_damaged_summary_costs_no_masks(run, tmp_path, content):
+    copy, _ = copy_of_run(run, tmp_path)
+    (copy / "summary.json").write_text(content)
+    assert command(copy, *QUICK) == 0
+    assert json.loads((copy / "masks" / "masks.json").read_text())["ground_truth_used"] is False
+
+
+@pytest.mark.parametrize(("content", "message"), [("[]", "must hold a dict, got a list"), ("{", "cannot be read")])
+def test_a_document_of_a_run_names_its_file(tmp_path, content, message):
+    path = tmp_path / "summary.json"
+    assert read_document(path, dict) == {}
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_document(path, dict)
+    assert str(path) in str(error.value)
+
+
+def test_coco_json_tells_files_of_one_name_apart(tmp_path):
+    names = [f"{number}.jpg" for number in range(4)]
+    root = make_class_folders(tmp_path / "photos", {"cat": names, "dog": names})
+    dataset = Folder.splits(root, 0.25).train
+    for name in dataset.ids:
+        save_mask(tmp_path / "labels" / f"{name}.png", np.zeros((40, 56), np.uint8))
+    below = [dataset.path(index).relative_to(root).as_posix() for index in range(len(dataset))]
+    for folder, expected in ((root, below), (tmp_path / "elsewhere", dataset.ids), (None, dataset.ids)):
+        images = coco_instances(dataset, tmp_path / "labels", root=folder)["images"]
+        assert [image["file_name"] for image in images] == expected
+        assert len({image["file_name"] for image in images}) == len(dataset)
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    images = coco_instances(dataset, tmp_path / "labels", root=linked)["images"]
+    assert all("/" in image["file_name"] for image in images)
+
+
+def test_only_own_classes_are_enlarged_band_by_band(plain_run, tmp_path, monkeypatch):
+    """Twelve rows at a time of an image's own classes decide as the whole of all classes does."""
+    dataset, settings = restore_run(plain_run, device="cpu").data.train, dataclasses.replace(FAST, flip=True)
+    refined, seen = [], []
+
+    def keep(probabilities, images, *, method):
+        refined.append(probabilities)
+        return probabilities
+
+    def spy(probabilities, *, unsure):
+        seen.append(tuple(probabilities.shape))
+        return decide(probabilities, unsure=unsure)
+
+    monkeypatch.setattr(masks_module, "refine", keep)
+    monkeypatch.setattr(masks_module, "decide", spy)
+    monkeypatch.setattr("mcic.tiles._BAND_VALUES", 3 * 12 * 56)
+    write_masks(plain_run, settings, out=tmp_path / "masks")
+    assert {shape[1] for shape in seen} == {2, 3}
+    assert max(np.prod(shape) for shape in seen) <= 3 * 12 * 56
+    files = pixels(tmp_path / "masks")
+    for name, probabilities in zip(dataset.ids, refined, strict=True):
+        whole = F.interpolate(probabilities, size=(40, 56), mode="bilinear")
+        label, confidence = decide(whole, unsure=0.5)
+        clear = (whole.topk(2, dim=1).values.diff(dim=1).abs() > 1e-5)[0, 0] & ((whole.amax(1)[0] - 0.5).abs() > 1e-5)
+        np.testing.assert_array_equal(files[f"labels/{name}.png"][clear], label[0][clear].numpy())
+        np.testing.assert_allclose(files[f"confidence/{name}.png"], confidence[0].float(), atol=1)
+
+
+def test_ranks_wait_for_each_other_for_hours(run, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout=None: waits.append(timeout))
+    write_masks(run, FAST, out=tmp_path / "masks")
+    assert waits[0] is not None
+    assert waits[0] >= timedelta(hours=12)
+
+
+def test_heatmaps_that_nobody_trained_are_refused(run, restored, tmp_path, capsys):
+    write_masks(run, FAST, out=tmp_path / "masks")
+    root = run.parent / f"{run.name}-data"
+    groups = {"data": {"masks": str(tmp_path / "masks")}, "method": {"supervision": "masks", "context": "none"}}
+    second = make_run(tmp_path / "second", root, **groups)
+    assert command(second, "--source", "cam", "--out", tmp_path / "cam", *QUICK) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--source cam needs a run trained with tags" in said
+    assert not (tmp_path / "cam").exists()
+    assert write_masks(second, FAST)["settings"]["source"] == "network"
+
+
+def test_two_commands_on_one_folder_keep_apart(tmp_path, monkeypatch):
+    """Their temporary files have different names: none is renamed while the other writes it."""
+    names = []
+    image = Image.new("L", (2, 2))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (names.append(str(old)), replace(old, new)))
+    for number in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        write_png(tmp_path / "0.png", image)
+        write_json(tmp_path / "masks.json", {})
+    assert set(names[:2]).isdisjoint(names[2:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "masks.json"]
