@@ -14,6 +14,7 @@ from mcic.cli.doctor import main
 from mcic.data.voc import CLASSES
 from mcic.doctor import CLEAN, FAILS, LOOK, examine
 from mcic.doctor_data import _same_name
+from mcic.log import setup_logging
 from mcic.presets import preset
 
 SMALL = ["--model.backbone", "tiny", "--model.weights", "none", "--train.size", "33", "--run.device", "cpu"]
@@ -71,6 +72,7 @@ def test_a_clean_folder_exits_with_0_and_an_estimate_from_real_steps(clean, capf
 
 
 def test_the_json_holds_everything_and_stdout_nothing_else(clean, capsys):
+    setup_logging()  # as a command before it in the same process would
     assert doctor(clean, "--json", "-") == CLEAN
     content = json.loads(capsys.readouterr().out)
     assert content["status"] == 0

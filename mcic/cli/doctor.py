@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     config = parse_train(["folder", "--data.root", str(args.folder), *training], program="mcic doctor DIR")
     from mcic.doctor import examine
 
-    logging.getLogger("mcic").addHandler(logging.NullHandler())  # the page says it all
+    logging.getLogger("mcic").handlers = [logging.NullHandler()]  # the page says it all
     report = examine(config, estimate=args.estimate)
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
     if args.json == "-":
