@@ -149,10 +149,11 @@ def test_killed_at_every_write_of_a_checkpoint(whole, tmp_path):
 def test_asked_to_stop_it_saves_and_says_so(whole, tmp_path, number):
     expected, seconds = whole
     folder = tmp_path / "run"
-    stops = 0
+    stops = attempts = 0
     while True:
         child = in_child(train, folder)
-        time.sleep(0.25 * seconds + 0.1 * stops)
+        time.sleep(0.25 * seconds + 0.1 * attempts)
+        attempts += 1
         os.kill(child, number)
         asked = time.monotonic()
         status = end_of(child)
