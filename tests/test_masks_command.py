@@ -424,7 +424,10 @@ def test_only_own_classes_are_enlarged_band_by_band(plain_run, tmp_path, monkeyp
 def test_ranks_wait_for_each_other_for_hours(run, tmp_path, monkeypatch):
     waits = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout=None: waits.append(timeout))
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 2)]))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, timeout=None, **_: waits.append(timeout)
+    )
     write_masks(run, FAST, out=tmp_path / "masks")
     assert waits[0] is not None
     assert waits[0] >= timedelta(hours=12)
