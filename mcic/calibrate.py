@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from mcic.config import Config, MethodConfig
 from mcic.data import EvalItem, default_workers, eval_items
 from mcic.data.base import IGNORE
 from mcic.data.images import read_mask
+from mcic.data.transforms import NEAREST, reduced
+from mcic.durable import write_text
 from mcic.evaluate import at_pixels
 from mcic.metrics import ConfusionMatrix
 from mcic.pseudo import cam_mask
@@ -130,9 +131,7 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
     chosen = max(scores, key=scores.__getitem__)
     used = annotated is not None or run.ground_truth_used
     result = Calibration(field, getattr(method, field), chosen, scores, used, len(indices))
-    partial = folder / f".{FILE}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(result), indent=1))
-    os.replace(partial, folder / FILE)
+    write_text(folder / FILE, json.dumps(dataclasses.asdict(result), indent=1))
     return result
 
 
@@ -209,8 +208,6 @@ def _annotated(folder: Path, ids: list[str]) -> dict[int, Path]:
 
 def _truth(path: Path, shape: tuple[int, ...], num_classes: int) -> np.ndarray:
     """The annotated mask at the size at which the image was read."""
-    from mcic.data.transforms import NEAREST, reduced
-
     mask = reduced(read_mask(path), max(shape), NEAREST)
     if mask.shape != shape:
         raise ValueError(f"{path} is {mask.shape[1]}×{mask.shape[0]}, its image {shape[1]}×{shape[0]}")

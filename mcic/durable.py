@@ -10,20 +10,14 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in the place of the one that is there: under a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Write a file, its line ends as they are, in the place of the one that is there."""
+    write_with(path, lambda partial: partial.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """As `write_text`, for a library that writes to a path it is given."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    """Let `write` fill a file beside `path`, which then takes its place; an error leaves nothing."""
+    # The process's number keeps two commands apart that were started on one folder.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         sync(partial)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mcic import distributed
+from mcic.durable import write_text
 
 SETTINGS, MANIFEST, COCO = "settings.json", "masks.json", "coco.json"
 PARTS = ("labels", "confidence")
@@ -61,26 +58,9 @@ def is_written(folder: Path, image_id: str) -> bool:
     return all((folder / part / f"{image_id}.png").is_file() for part in PARTS)
 
 
-def write_png(path: Path, image: Image.Image) -> None:
-    """Save under a temporary name, then rename."""
-    _replace(path, lambda temporary: image.save(temporary, format="PNG"))
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Save under a temporary name, then rename."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, save: Callable[[Path], object]) -> None:
-    # The process's number keeps two commands apart that were started on one folder, the rank those of two machines.
-    temporary = path.with_name(f".rank-{distributed.rank()}-{os.getpid()}.partial")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
@@ -94,4 +74,4 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 
 def _images(folder: Path) -> list[Path]:
     """The masks, and what a command that was killed had begun."""
-    return [file for part in PARTS for kind in ("*.png", ".rank-*.partial") for file in (folder / part).glob(kind)]
+    return [file for part in PARTS for kind in ("*.png", ".*.partial") for file in (folder / part).glob(kind)]

@@ -38,12 +38,13 @@ from mcic.data.images import read_mask
 from mcic.data.palette import voc_palette
 from mcic.evaluate import share_of_rank
 from mcic.inference import at_scale
-from mcic.maskfiles import COCO, FORMAT, MANIFEST, claim_folder, is_written, write_json, write_png
+from mcic.maskfiles import COCO, FORMAT, MANIFEST, claim_folder, is_written, write_json
 from mcic.metrics import ConfusionMatrix
 from mcic.model import MCIC
 from mcic.pseudo import IGNORE, cam_scores, with_background
 from mcic.refine import Method, refine
 from mcic.restore import RestoredRun, restore_run
+from mcic.segmentation import save_image, save_mask
 from mcic.tiles import enlarged
 
 logger = logging.getLogger(__name__)
@@ -226,10 +227,8 @@ def _make(restored: RestoredRun, settings: MaskSettings, folder: Path, indices: 
     for done, item in enumerate(eval_items(dataset, saliency, indices=indices, workers=workers), 1):
         label, confidence = _mask(restored, settings, item)
         image_id = dataset.ids[item.index]
-        write_png(folder / "confidence" / f"{image_id}.png", Image.fromarray(confidence))
-        image = Image.fromarray(label)
-        image.putpalette(palette.tobytes())
-        write_png(folder / "labels" / f"{image_id}.png", image)  # last: with it the image is finished
+        save_image(Image.fromarray(confidence), folder / "confidence" / f"{image_id}.png", format="PNG")
+        save_mask(label, palette, folder / "labels" / f"{image_id}.png")  # last: with it the image is finished
         now = time.monotonic()
         if now - said > PROGRESS_SECONDS:
             said = now

@@ -33,6 +33,7 @@ from torch import nn
 from mcic import __version__
 from mcic.data.images import readable_suffixes
 from mcic.data.tags import key_of, read_table
+from mcic.durable import write_text
 from mcic.predict import Predictor
 from mcic.segmentation import Segmentation, save_image
 
@@ -256,7 +257,7 @@ class _Table:
         """The file without rows that newer ones replaced."""
         if self.rows or self.path.is_file():
             rows = [row for rows in self.rows.values() for row in rows]
-            _replace(self.path, _csv_text(rows, header=True))
+            write_text(self.path, _csv_text(rows, header=True))
 
 
 def _csv_text(rows: list[dict[str, Any]], *, header: bool) -> str:
@@ -354,13 +355,7 @@ def _forget_others(images: Sequence[ImageFile], table: _Table, out: Path) -> Non
 def _store_settings(out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"mcic": __version__, "settings": settings}, indent=1, ensure_ascii=False)
-    _replace(out / "predictions.json", text)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
+    write_text(out / "predictions.json", text)
 
 
 def fingerprint(network: nn.Module) -> str:

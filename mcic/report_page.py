@@ -18,6 +18,7 @@ from PIL import Image
 
 from mcic import __version__
 from mcic.charts import confusion_chart, number
+from mcic.durable import write_text
 
 GENERATOR = "mcic report"
 """by this name in its head a page is known as one of ours"""
@@ -56,9 +57,7 @@ def require_page(path: Path) -> Path:
 
 def write_page(path: Path, page: str) -> Path:
     """Write a page whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)  # a reader never sees half a report
+    write_text(path, page)
     return path
 
 

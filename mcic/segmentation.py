@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mcic.durable import write_with
 from mcic.preview import overlay
 
 OVERLAY_SIDE = 2048
@@ -127,9 +127,4 @@ def save_mask(mask: np.ndarray, palette: np.ndarray, path: Path) -> None:
 def save_image(image: Image.Image, path: Path, **options: Any) -> None:
     """Write beside `path`, making its folder, then move to it: nobody sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(partial, **options)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_with(path, lambda partial: image.save(partial, **options))

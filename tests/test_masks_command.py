@@ -25,11 +25,12 @@ from mcic.coco_json import coco_instances, encode_rle
 from mcic.data.folder import Folder
 from mcic.data.targets import SavedMasks
 from mcic.inference import dense_protocol
-from mcic.maskfiles import write_json, write_png
+from mcic.maskfiles import write_json
 from mcic.masks import UNSURE, MaskSettings, decide, soft_masks, write_masks
 from mcic.pseudo import with_background
 from mcic.restore import restore_run
 from mcic.runfolder import read_document
+from mcic.segmentation import save_image
 from mcic.trainer import Trainer
 
 FAST = MaskSettings(scales=(1.0,), flip=False, refine="none", unsure=0.5)
@@ -180,7 +181,7 @@ def test_an_interrupted_command_continues(run, tmp_path, monkeypatch):
             write_masks(run, FAST, out=tmp_path / "part")
     assert len(pixels(tmp_path / "part")) == 6
     assert not (tmp_path / "part" / "masks.json").exists()
-    (tmp_path / "part" / "labels" / ".rank-0.partial").write_bytes(b"half a file")
+    (tmp_path / "part" / "labels" / ".x.png.7.partial").write_bytes(b"half a file")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").rglob("*.png")}
     write_masks(run, FAST, out=tmp_path / "part")
     assert_same_masks(pixels(tmp_path / "part"), pixels(tmp_path / "whole"))
@@ -453,7 +454,7 @@ def test_two_commands_on_one_folder_keep_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda old, new: (names.append(str(old)), replace(old, new)))
     for number in (11, 12):
         monkeypatch.setattr(os, "getpid", lambda number=number: number)
-        write_png(tmp_path / "0.png", image)
+        save_image(image, tmp_path / "0.png", format="PNG")
         write_json(tmp_path / "masks.json", {})
     assert set(names[:2]).isdisjoint(names[2:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "masks.json"]

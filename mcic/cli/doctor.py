@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.text import Text
 from mcic.cli.args import parse_train
 from mcic.cli.flags import groups
 from mcic.cli.parse import parse
+from mcic.durable import write_text
 
 if TYPE_CHECKING:
     from mcic.doctor import Report
@@ -65,9 +65,7 @@ def main(argv: list[str]) -> int:
         print(text)
         return report.status
     if file is not None:
-        unfinished = file.with_name(f".{file.name}.tmp")
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
+        write_text(file, text + "\n")
     _print_page(report)
     return report.status
 
