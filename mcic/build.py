@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -97,3 +99,27 @@ def seed_everything(config: Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be repeatable
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def in_words(device: torch.device, advice: str) -> Iterator[None]:
+    """Within it, what PyTorch refuses at run time is an error that a person can act on.
+
+    Args:
+        device: where the work is done.
+        advice: what to do where its memory does not hold the work.
+
+    Raises:
+        ValueError: not enough memory, or an operation that has no deterministic form and deterministic mode is on.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        said = str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:  # the last: CPU
+            raise ValueError(f"the memory of {device} does not hold this: {advice}") from error
+        operation, refused, _ = said.partition(" does not have a deterministic implementation")
+        if refused:
+            raise ValueError(f"--train.deterministic: {operation} has no deterministic form on {device}; "
+                             "--train.no-deterministic allows it") from error  # fmt: skip
+        raise

@@ -77,7 +77,7 @@ def line_chart(
         return ""
     lowest = min(0.0, float(np.nanmin(means)))
     highest = top if top is not None else float(np.nanmax(means)) * 1.04
-    highest = highest if highest > lowest else lowest + 1.0
+    highest = highest if highest > lowest else lowest + max(1.0, abs(lowest))
     plot = _Plot(float(centers[0]), float(centers[-1]), lowest, highest)
     parts = [plot.axes(x_label)]
     for line, values in zip(lines, means, strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mcic import __version__
 from mcic.durable import new_folder, write_text, write_with
 from mcic.model import MCIC, NetworkSpec, SegmentationNetwork
+from mcic.optim import STATE_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,10 @@ def save_checkpoint(
     files. What cannot be written leaves nothing behind, and the checkpoints that are there as they were.
 
     Args:
-        folder: of all checkpoints.
+        folder: of all checkpoints, which is there.
         step: updates so far.
         model: weights, moving average and bank.
-        optimizer: SGD; its momentum is kept.
+        optimizer: SGD or AdamW; its state is kept.
         state: further entries of `state.json`; the largest `score` in it marks the best checkpoint.
         keep: how many of the newest stay.
         random_states: of every rank's generator, uint8.
@@ -55,18 +56,18 @@ def save_checkpoint(
         OSError: the disk is full, or the folder cannot be written to.
     """
     target = folder / f"step-{step:08d}"
-    if _is_whole(target):
+    if _is_whole(target) and _score(target) == state.get("score"):
         return target  # of a run that was stopped there and continued: the same numbers
     try:
         with new_folder(target) as partial:
-            save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
-            save_file(_momentum(optimizer), partial / "optimizer.safetensors")
+            write_tensors(model.state_dict(), partial / "model.safetensors")
+            write_tensors(_state_of(optimizer), partial / "optimizer.safetensors")
             states = {f"rank_{rank}": numbers for rank, numbers in enumerate(random_states or [])}
-            save_file(states, partial / "random.safetensors")
+            write_tensors(states, partial / "random.safetensors")
             (partial / "state.json").write_text(json.dumps({"step": step, **state}))
             files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps({"files": files, "sha256": _digest_of(files)}))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         newest = checkpoints(folder)[-1:]
         whole = f"the newest whole checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
         raise OSError(f"the checkpoint of step {step} could not be written to {folder}: {error}; {whole}") from error
@@ -156,7 +157,7 @@ def load_checkpoint(
     _check_fit(_shapes(weights), model, source=path)
     model.load_state_dict(load_file(weights))
     if optimizer is not None:
-        _load_momentum(optimizer, path / "optimizer.safetensors")
+        _load_state(optimizer, path / "optimizer.safetensors")
     return state
 
 
@@ -275,7 +276,7 @@ def save_network(
         "input": "RGB / 255, ImageNet mean (0.485, 0.456, 0.406) taken out, over deviation (0.229, 0.224, 0.225)",
     }  # fmt: skip
     weights = folder / f"{NETWORK}.safetensors"
-    write_with(weights, lambda path: save_file(_contiguous(network.state_dict()), path))
+    write_with(weights, lambda path: write_tensors(network.state_dict(), path))
     write_text(folder / f"{NETWORK}.json", json.dumps(card, indent=1, ensure_ascii=False))
     return weights
 
@@ -296,26 +297,43 @@ def load_network(folder: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     return network.eval(), card
 
 
-def _momentum(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The momentum buffers by the place of their parameter."""
+def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors that an optimizer keeps of each parameter, as `<place of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
-    buffers = {str(place): entry.get("momentum_buffer") for place, entry in state.items()}
-    return _contiguous({place: buffer for place, buffer in buffers.items() if buffer is not None})
+    named = {f"{place}.{name}": value for place, entry in state.items() for name, value in entry.items()}
+    return {name: value for name, value in named.items() if value is not None}
 
 
-def _load_momentum(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def _load_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = STATE_NAMES[type(optimizer)]
     for name, (shape, dtype) in _shapes(path).items():
-        if not (name.isdecimal() and int(name) < len(parameters) and shape == list(parameters[int(name)].shape)):
-            raise ValueError(f"{path} does not fit this optimizer: its momentum {name} is {shape} {dtype}")
-    for name, buffer in load_file(path).items():
-        parameter = parameters[int(name)]
+        place, _, what = name.partition(".")
+        expected = None
+        if place.isdecimal() and int(place) < len(parameters) and what in kept:
+            expected = [] if what == "step" else list(parameters[int(place)].shape)
+        if shape != expected:
+            raise ValueError(
+                f"{path} does not fit this optimizer, {type(optimizer).__name__}: its {name} is {shape} {dtype}"
+            )
+    for name, value in load_file(path).items():
+        place, _, what = name.partition(".")
+        parameter = parameters[int(place)]
         # In the parameter's order of dimensions, which the fused update takes for granted.
-        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+        like = torch.zeros((), device=parameter.device) if what == "step" else torch.empty_like(parameter)
+        optimizer.state[parameter][what] = like.copy_(value)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _some(names: list[str], limit: int = 8) -> str:

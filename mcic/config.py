@@ -28,7 +28,9 @@ class DataConfig:
     name: Literal["shapes", "voc12", "coco14", "folder"] = "shapes"
     """kind of data set (docs: README, "Your own photographs")"""
     root: str | None = None
-    """folder of the data set; `shapes` needs none"""
+    """folder of the data set; `shapes` needs none. `folder`: also tars that webdataset wrote (README)"""
+    val_root: str | None = None
+    """tars to validate on, as root; unset: val/ beside train/, else a share of the tars"""
     saliency: str = "auto"
     """auto (geodesic distance to the image border) | none (background from the heatmap) | folder of maps"""
     masks: str | None = None
@@ -39,6 +41,10 @@ class DataConfig:
     """images whose longer side has more pixels are reduced to it when read; 0: never; unset: from the data"""
     val_share: float = 0.2
     """share of the images held out where the data set names no val split, 0…1"""
+    max_bad_share: float = 0.1
+    """`folder`: share of the images, 0…1, that may be unusable (RUN/quarantine.json); more, and training is refused"""
+    follow_links: bool = False
+    """links may lead out of data.root"""
     train_images: int | None = None
     """use only that many training images; all when unset (`shapes`: how many to make, 1200)"""
     val_images: int | None = None
@@ -46,11 +52,15 @@ class DataConfig:
     workers: int | None = None
     """loader processes; unset: 0 for `shapes`, else up to 8, leaving one core free"""
     cache: str | None = None
-    """folder for computed saliency maps; unset: the user's cache folder"""
+    """folder for computed saliency maps and for fetched tars; unset: the user's cache folder"""
+    shard_cache: float = 20.0
+    """GiB of the disk that tars fetched from commands and URLs may take"""
 
     def __post_init__(self) -> None:
         _require(0 < self.val_share < 1, "data.val-share", "between 0 and 1", self.val_share)
+        _require(0 <= self.max_bad_share <= 1, "data.max-bad-share", "0…1", self.max_bad_share)
         _require(self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers)
+        _require(0 < self.shard_cache < math.inf, "data.shard-cache", "positive", self.shard_cache)
         _require(self.long_side is None or self.long_side >= 0, "data.long-side", "0 or more", self.long_side)
 
 
@@ -86,6 +96,10 @@ class MethodConfig:
     """T_a: masks ignore pixels whose best score is below (E3)"""
     pool_threshold: float = 0.5
     """T_b: only pixels of this confidence enter a context, 0…1 (E5)"""
+    mask_upsampling: int = 1
+    """steps of the masks' grid for one of the features'"""
+    refinement: Literal["none", "pamr"] = "none"
+    """how training lets the masks follow the image's edges (mcic.refine)"""
     background_power: float = 1.0
     """α of the background row (1 - saliency)^α, or (1 - max h̃)^α"""
     slots: int = 64
@@ -101,11 +115,11 @@ class MethodConfig:
     dropout: float = 0.1
     """dropout of the output embedding O (E10)"""
     self_read: bool = True
-    """an image's contexts enter the bank before it reads; off: after the backward pass"""
+    """an image's contexts enter the bank before it reads; off: afterwards"""
     stop_gradient: bool = True
     """nothing from the context branch reaches backbone or segmentation head (E16)"""
     pixel_bank: bool = False
-    """store every confident pixel in place of one pooled context per image and class"""
+    """store every confident pixel, not one context per image and class"""
     ema_momentum: float | None = None
     """contexts come from a moving average of the network with this momentum, e.g. 0.999; unset: from the network"""
     context_head: Literal["segmentation", "classification"] = "segmentation"
@@ -139,7 +153,7 @@ class MethodConfig:
         for name in ("cam_threshold", "pool_threshold", "saliency_weight"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"method.{name.replace('_', '-')}", "between 0 and 1", value)
-        for name in ("slots", "heads"):
+        for name in ("slots", "heads", "mask_upsampling"):
             _require(getattr(self, name) >= 1, f"method.{name}", "1 or more", getattr(self, name))
         for name in ("background_power", "segmentation_weight", "ramp_epochs", "entropy_weight"):
             value = getattr(self, name)
@@ -179,6 +193,8 @@ class TrainConfig:
     """passes over the training images; unset: from their number"""
     batch_size: int | None = 16
     """images per update, over all ranks and accumulation steps; unset: what fits the memory, at most 16"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd, as the paper | adamw: one learning rate fits backbones, heads and propagation of any scale"""
     accumulate: int = 1
     """micro-batches per update; losses are normalised per micro-batch"""
     lr: float = 1e-3
@@ -186,9 +202,9 @@ class TrainConfig:
     new_layer_lr: float = 10.0
     """factor of the learning rate for layers that start from scratch"""
     momentum: float = 0.9
-    """SGD momentum"""
+    """momentum; of adamw its first average, β₁"""
     weight_decay: float = 5e-4
-    """L2 penalty"""
+    """L2 penalty; of adamw decoupled"""
     lr_schedule: Literal["step", "epoch"] | None = None
     """when the poly schedule moves; unset: step (paper), epoch (authors)"""
     lr_power: float = 0.9
@@ -272,6 +288,8 @@ class RunConfig:
     """updates between checkpoints within an epoch; 0: at the end of every epoch only"""
     log_every: int = 1
     """steps between lines of metrics.jsonl"""
+    rank_timeout: float = 600.0
+    """seconds that a process may let the others wait before the run ends and names it"""
     previews: int = 4
     """training images drawn each epoch; 0: none"""
     tensorboard: bool = True
@@ -284,6 +302,7 @@ class RunConfig:
         _require(self.checkpoint_every >= 0, "run.checkpoint-every", "0 or more", self.checkpoint_every)
         _require(self.previews >= 0, "run.previews", "0 or more", self.previews)
         _require(self.log_every >= 1, "run.log-every", "1 or more", self.log_every)
+        _require(0 < self.rank_timeout < math.inf, "run.rank-timeout", "positive", self.rank_timeout)
 
 
 @dataclass(kw_only=True, slots=True)

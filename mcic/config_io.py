@@ -12,6 +12,7 @@ import yaml
 
 from mcic.config import Config
 from mcic.suggest import nearest
+from mcic.untrusted import read_yaml, shown
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -29,10 +30,9 @@ def load_config(path: Path) -> Config:
         ValueError: not YAML, an unknown field (the nearest is suggested), or a value that its field cannot have.
         FileNotFoundError: no such file.
     """
+    content = read_yaml(Path(path))
     try:
-        return config_from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        return config_from_dict(content or {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -53,11 +53,13 @@ def element_types(hint: Any) -> tuple[Any, ...]:
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'a configuration'} must be a mapping of fields, got {values!r}")
+        raise ValueError(
+            f"{prefix.rstrip('.') or 'a configuration'} must be a mapping of fields, got {shown(repr(values))}"
+        )
     hints = get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise ValueError(f"{prefix}{name} is no field of the configuration{nearest(str(name), hints)}")
+            raise ValueError(f"{prefix}{shown(str(name))} is no field of the configuration{nearest(str(name), hints)}")
     return cls(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
 
 
@@ -72,23 +74,25 @@ def _convert(value: Any, hint: Any, field: str) -> Any:
         if value in get_args(kind):
             return value
         hinted = nearest(str(value), map(str, get_args(kind)))
-        raise ValueError(f"{field} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}{hinted}")
+        raise ValueError(
+            f"{field} must be one of {', '.join(map(str, get_args(kind)))}, got {shown(repr(value))}{hinted}"
+        )
     if get_origin(kind) is tuple:
         return _convert_tuple(value, get_args(kind), field)
     if kind is float:
         return _convert_float(value, field)
     if type(value) is not kind:  # not isinstance: True is an int
-        raise ValueError(f"{field} must be {_NAMES[kind]}, got {value!r}")
+        raise ValueError(f"{field} must be {_NAMES[kind]}, got {shown(repr(value))}")
     return value
 
 
 def _convert_tuple(value: Any, kinds: tuple[Any, ...], field: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{field} must be a list, got {value!r}")
+        raise ValueError(f"{field} must be a list, got {shown(repr(value))}")
     if kinds[-1] is Ellipsis:
         kinds = (kinds[0],) * len(value)
     if len(value) != len(kinds):
-        raise ValueError(f"{field} must have {len(kinds)} values, got {value!r}")
+        raise ValueError(f"{field} must have {len(kinds)} values, got {shown(repr(value))}")
     return tuple(_convert(entry, kind, field) for entry, kind in zip(value, kinds, strict=True))
 
 
@@ -96,8 +100,8 @@ def _convert_float(value: Any, field: str) -> float:
     """A number; also as text, since YAML takes `1e-3`, which has no dot, for text."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
-        raise ValueError(f"{field} must be a number, got {value!r}")
+        raise ValueError(f"{field} must be a number, got {shown(repr(value))}")
     return number

@@ -6,11 +6,9 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mcic import distributed
 from mcic.build import available_memory, build_model
@@ -137,17 +135,8 @@ def _crop(config: Config, stride: int, train: Dataset) -> int:
 def _median(train: Dataset, side: Any) -> float:
     """The middle one of the images' longer (`max`) or shorter (`min`) sides, from at most 200 of them."""
     step = max(1, len(train) // 200)
-    sides = sorted(side(_size(train, index)) for index in range(0, len(train), step))
+    sides = sorted(side(train.size(index)) for index in range(0, len(train), step))
     return sides[len(sides) // 2]
-
-
-def _size(train: Dataset, index: int) -> tuple[int, ...]:
-    """Both sides of an image, from the header of its file where it has one."""
-    path: Path | None = train.path(index)
-    if path is None:
-        return train.image(index).shape[:2]
-    with Image.open(path) as image:
-        return image.size
 
 
 def _replaced(config: Config, group: str, field: str, value: Any) -> Config:

@@ -9,21 +9,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from torch import Tensor
 
+from mcic.watch import Watch
 
-def initialize(device: torch.device, timeout: timedelta | None = None) -> None:
+SLACK = timedelta(minutes=1)
+"""by which torch's own timeout, which names nobody, comes after ours"""
+_watch: Watch | None = None
+
+
+def initialize(device: torch.device, timeout: timedelta) -> None:
     """Join the process group that `torchrun` announces through the environment, if there is one.
 
     Args:
         device: of this process.
-        timeout: how long one rank may wait for another before all are ended; None: torch's own (NCCL 10 minutes, gloo
-            30), too short where ranks work for long, each on its own share, between two exchanges.
+        timeout: how long a rank may wait for another before it ends and names that one, see `mcic.watch`.
     """
+    global _watch
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -31,11 +37,17 @@ def initialize(device: torch.device, timeout: timedelta | None = None) -> None:
         # torchrun keeps its store when it starts the ranks again: addresses of the dead must not be found there.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + SLACK)
+        _watch = Watch(store.clone(), rank=rank, world_size=world_size, patience=timeout.total_seconds())
+        barrier()  # every rank is watched from here
 
 
 def finish() -> None:
     """Leave the process group."""
+    global _watch
+    if _watch is not None:
+        _watch.end()
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -43,6 +55,11 @@ def finish() -> None:
 def local_rank() -> int:
     """This process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -57,21 +74,21 @@ def world_size() -> int:
 
 def barrier() -> None:
     """Wait for every rank."""
-    if dist.is_initialized():
+    if _exchanging():
         dist.barrier()
 
 
 def from_first(text: str) -> str:
     """Rank 0's text, on every rank."""
     box = [text]
-    if dist.is_initialized():
+    if _exchanging():
         dist.broadcast_object_list(box)
     return box[0]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
     """The rows of all ranks in rank order; every rank has equally many."""
-    if not dist.is_initialized():
+    if not _exchanging():
         return tensor
     rows = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_into_tensor(rows, tensor.contiguous())
@@ -80,19 +97,29 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 def sum_(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place; returns the tensor."""
-    if dist.is_initialized():
+    if _exchanging():
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_with_gradient(tensor: Tensor) -> Tensor:
     """Sum over ranks through which gradients flow back to every rank's part."""
-    return dist.nn.functional.all_reduce(tensor) if dist.is_initialized() else tensor
+    return _SumWithGradient.apply(tensor) if dist.is_initialized() else tensor
+
+
+class _SumWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_(tensor.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_(gradient.clone(memory_format=torch.contiguous_format))
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sum the gradients over ranks in one flat message per dtype; a parameter without gradient counts as 0."""
-    if not dist.is_initialized():
+    if not _exchanging():
         return
     trained = [p for p in parameters if p.requires_grad]
     for dtype in sorted({p.dtype for p in trained}, key=str):
@@ -102,3 +129,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
             # In the parameter's order of dimensions, which the fused update takes for granted.
             parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))
+
+
+def _exchanging() -> bool:
+    """Whether there are other ranks; if so, this one is about to wait for them."""
+    if _watch is not None:
+        _watch.entered += 1
+    return dist.is_initialized()

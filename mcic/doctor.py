@@ -18,6 +18,7 @@ from PIL import Image
 from mcic.config import Config
 from mcic.data import build_data
 from mcic.data.folder import Contents
+from mcic.data.shards import names_shards
 from mcic.defaults import SETTLED
 from mcic.doctor_data import Finding, findings
 from mcic.doctor_estimate import Estimate, measure
@@ -87,6 +88,9 @@ def examine(config: Config, *, estimate: bool = True) -> Report:
     """
     if config.data.name != "folder" or config.data.root is None:
         raise ValueError(f"only folders of photographs can be examined, got --data.name {config.data.name}")
+    if names_shards(config.data.root):
+        raise ValueError(f"mcic doctor examines folders of photographs, and {config.data.root} are tars: a run says at "
+                         "its start what it leaves out of them")  # fmt: skip
     root = Path(config.data.root).expanduser().resolve()
     with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # huge images are a finding
@@ -107,7 +111,7 @@ def examine(config: Config, *, estimate: bool = True) -> Report:
 def _contents(config: Config) -> Contents | None:
     """What is in the folder, though a run would fail on it; None if it cannot even be read."""
     try:
-        return build_data(config.data).train.contents
+        return build_data(dataclasses.replace(config.data, max_bad_share=1.0)).train.contents
     except (ValueError, OSError):
         return None
 

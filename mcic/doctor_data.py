@@ -16,9 +16,11 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from mcic.data.dropped import DROPPED, Dropped
 from mcic.data.folder import Contents
 from mcic.data.images import read_thumbnail
-from mcic.data.photos import DROPPED, THREADS, Dropped, Photo
+from mcic.data.photos import THREADS, Photo
+from mcic.untrusted import printable
 
 RARE = 10
 """training images below which a class is called rare: the memory then holds almost nothing of it"""
@@ -98,7 +100,7 @@ def _class_findings(contents: Contents) -> list[Finding]:
     if unseen := [name for name in contents.classes if name not in shown]:
         text = "classes in no validation image: their quality will not be measured"
         found.append(Finding("unmeasured", "note", text, tuple(unseen)))
-    if untagged := [photo.name for photo in (*contents.train, *contents.val) if not photo.tags]:
+    if untagged := [printable(photo.name) for photo in (*contents.train, *contents.val) if not photo.tags]:
         text = "images with an empty list of tags: they teach what background looks like"
         found.append(Finding("untagged", "note", text, tuple(untagged)))
     return found
@@ -215,4 +217,4 @@ def _near_groups(thumbnails: np.ndarray) -> list[list[int]]:
 
 def _relative(name: str | Path, root: Path) -> str:
     path = Path(name)
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(name)
+    return printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else str(name))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -15,38 +19,75 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, which then takes its place; an error leaves nothing."""
+    """Let `write` fill a file beside `path`, which then takes its place; an error leaves nothing.
+
+    Raises:
+        OSError: names `path`.
+    """
     # The process's number keeps two commands apart that were started on one folder.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         sync(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        remove(partial)
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            raise named(error, path) from error
         raise
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The same error, of `path`."""
+    return OSError(error.errno, error.strerror, str(path)) if error.errno else OSError(f"{path}: {error}")
+
+
+@contextmanager
+def optional(path: Path, *, clear: bool = False) -> Iterator[None]:
+    """Within it, what a run can do without is written to `path`: where that fails, a warning says so, and no more.
+
+    Args:
+        path: file or folder.
+        clear: then remove what is there of it, which may be half of something.
+    """
+    try:
+        yield
+    except OSError as error:
+        if clear:
+            remove(path)
+        logger.warning("%s was not written (%s): the run goes on without it", path, error.strerror or error)
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which appears as `target` when all in it is on the disk; after an error nothing is left.
 
-    A `target` that was there is replaced.
+    A `target` that was there is replaced. The folder that it lies in must be there: one that was removed while a run
+    went on does not come back with a part of what was in it.
     """
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    remove(partial)
     try:
+        partial.mkdir()
         yield partial
         for path in partial.iterdir():
             sync(path)
         sync(partial)
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         os.replace(partial, target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
     sync(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder as far as that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mcic import distributed
+from mcic.build import in_words
 from mcic.data import EvalItem, default_workers, eval_items
 from mcic.inference import dense_protocol, pad_to_grid, to_pixels
 from mcic.metrics import ConfusionMatrix
@@ -21,6 +22,9 @@ from mcic.restore import restore_run
 
 BATCH_PIXELS = 2**18
 """images of one size are evaluated together up to this many pixels"""
+
+SMALLER_IMAGES = "evaluated are whole images: --data.long-side must be lower, or --eval.protocol single"
+"""what to do where the memory does not hold an evaluation"""
 
 MASK_NAMES = ("cam", "seg", "context", "merged")
 """M; the M' rule on s without the bank (the control); M'; M''"""
@@ -52,11 +56,11 @@ def at_pixels(model: MCIC, images: Tensor, tags: Tensor) -> PixelOutputs:
 
 
 def mask_candidates(
-    objective: Objective, outputs: PixelOutputs, tags: Tensor, saliency: Tensor | None
+    objective: Objective, outputs: PixelOutputs, tags: Tensor, saliency: Tensor | None, images: Tensor
 ) -> dict[str, Tensor]:
     """Name of `MASK_NAMES` → uint8 [B, H, W], as far as the configuration makes them."""
-    masks = objective.masks(outputs.prediction, outputs.augmented, tags, saliency, None).named()
-    masks["seg"] = objective.context_mask(outputs.prediction.logits, tags, saliency, None)
+    masks = objective.masks(outputs.prediction, outputs.augmented, tags, saliency, None, images).named()
+    masks["seg"] = objective.context_mask(outputs.prediction.logits, tags, saliency, None, images)
     return {name: masks[name] for name in MASK_NAMES if name in masks}
 
 
@@ -109,7 +113,7 @@ def evaluate_masks(
     confusion = {name: ConfusionMatrix(model.network.spec.num_classes, device) for name in names}
     for batch in _by_size(items, device):
         outputs = at_pixels(model, batch.images, batch.tags)
-        for name, mask in mask_candidates(objective, outputs, batch.tags, batch.saliency).items():
+        for name, mask in mask_candidates(objective, outputs, batch.tags, batch.saliency, batch.images).items():
             confusion[name].update(mask, batch.truth)
     for matrix in confusion.values():
         matrix.reduce()
@@ -157,10 +161,13 @@ def evaluate_run(run: Path, *, protocol: str | None = None, split: str = "val") 
     if split == "train":
         dataset.subset(config.eval.mask_images or None)
     items = eval_items(dataset, restored.saliency, workers=default_workers(config.data.workers, dataset))
-    if split == "train":
-        return summarize({}, evaluate_masks(model, Objective(config.method), items, device=device), data.train.classes)
-    protocol = protocol or config.eval.protocol
-    return summarize(evaluate_network(model, items, protocol=protocol, device=device), {}, data.train.classes)
+    network, masks = {}, {}
+    with in_words(device, SMALLER_IMAGES):
+        if split == "train":
+            masks = evaluate_masks(model, Objective(config.method), items, device=device)
+        else:
+            network = evaluate_network(model, items, protocol=protocol or config.eval.protocol, device=device)
+    return summarize(network, masks, data.train.classes)
 
 
 def share_of_rank(count: int) -> list[int]:

@@ -133,12 +133,14 @@ def export_network(
         checks = _write(staging, network, card, formats, batches)
         card = _describe(staging, checks)
         (staging / CARD).write_text(model_card(card, config=config, summary=summary), encoding="utf-8")
-        out.mkdir(parents=True, exist_ok=True)
-        for name in _TARGETS:
-            if (staging / name).exists():
-                os.replace(staging / name, out / name)
-            else:
-                (out / name).unlink(missing_ok=True)  # of the earlier export
+        if out.exists() and any(out.iterdir()):
+            for name in _TARGETS:
+                if (staging / name).exists():
+                    os.replace(staging / name, out / name)
+                else:
+                    (out / name).unlink(missing_ok=True)  # of the earlier export
+        else:
+            os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return checks

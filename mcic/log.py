@@ -9,13 +9,15 @@ JSON has no NaN and no infinity: `null` stands for them too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from mcic.durable import named, optional, write_with
 from mcic.environment import environment
 
 __all__ = ["JsonLines", "Metrics", "RunLog", "environment", "print_table", "setup_logging"]
@@ -48,6 +51,10 @@ class RunLog:
     With `start_step` 0 the records begin anew. A resumed run gives the step of its checkpoint: what was recorded
     after it is dropped, with a last line that an interruption tore, so every step stands there once. Evaluations are
     kept up to `evaluated_step` (default: the same), those that will not be made again.
+
+    Raises:
+        OSError: from any method, `metrics.jsonl` or `evaluations.jsonl` cannot be written. `tensorboard/` can be done
+            without: a warning says so once.
     """
 
     def __init__(
@@ -71,7 +78,11 @@ class RunLog:
         self._evaluations = JsonLines(
             folder / "evaluations.jsonl", last_step=start_step if evaluated_step is None else evaluated_step
         )
-        self._tensorboard = _summary_writer(folder / "tensorboard", start_step) if tensorboard else None
+        self._curves: Any = None
+        self._curves_folder = folder / "tensorboard"
+        if tensorboard:
+            with optional(self._curves_folder):
+                self._curves = _summary_writer(self._curves_folder, start_step)
         self._eta = _Eta(total_steps)
         self._display: _Display = (_Bar if self._console.is_terminal else _Lines)(self._console, total_steps)
 
@@ -99,6 +110,12 @@ class RunLog:
         self._display.flush()
         self.message("  ".join([f"epoch {epoch + 1}", f"step {step}", *scores]))
 
+    def sync(self) -> None:
+        """Wait until all records are on the disk: a checkpoint must not be ahead of them."""
+        if self._enabled:
+            self._metrics.sync()
+            self._evaluations.sync()
+
     def message(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self._enabled:
@@ -118,23 +135,36 @@ class RunLog:
         self._display.close()
         self._metrics.close()
         self._evaluations.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._draw(lambda writer: writer.close())
 
     def _plot(self, step: int, metrics: Metrics) -> None:
-        if self._tensorboard is not None:
+        def add(writer: Any) -> None:
             for key, value in metrics.items():
                 if value is not None:
-                    self._tensorboard.add_scalar(key, value, step)
+                    writer.add_scalar(key, value, step)
+
+        self._draw(add)
+
+    def _draw(self, action: Callable[[Any], None]) -> None:
+        """Do something with TensorBoard's writer; after the first failure nothing."""
+        if self._curves is not None:
+            writer, self._curves = self._curves, None
+            with optional(self._curves_folder):
+                action(writer)
+                self._curves = writer
 
 
 class JsonLines:
     """A file of one JSON object a line, each with its `step` and `epoch`, that survives interruptions.
 
     Lines after `last_step` are dropped when it is opened, all of them if that is 0.
+
+    Raises:
+        OSError: from any method, it cannot be written; names the file.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
+        self._path = path
         if last_step == 0:
             path.unlink(missing_ok=True)
         elif path.exists():
@@ -145,8 +175,18 @@ class JsonLines:
         """Append a line and hand it to the system."""
         values = {key: _finite(value) for key, value in metrics.items()}
         row = {"step": step, "epoch": epoch, **values}
-        self._file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # closing tries the same again
+                self._file.close()
+            raise named(error, self._path) from error
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, in a file that is still there."""
+        os.fsync(self._file.fileno())
+        os.stat(self._path)
 
     def close(self) -> None:
         """Close the file."""
@@ -177,6 +217,7 @@ def setup_logging(*, main: bool | None = None) -> None:
     logger.handlers = [_ConsoleHandler()]
     logger.setLevel(logging.INFO if main else logging.WARNING)
     logger.propagate = False
+    threading.excepthook = _log_failed_thread
 
 
 class _ConsoleHandler(logging.Handler):
@@ -275,6 +316,14 @@ class _Eta:
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def _log_failed_thread(failure: threading.ExceptHookArgs) -> None:
+    """Of a file that a helper's thread could not write, a line in the place of a traceback."""
+    if isinstance(failure.exc_value, OSError):
+        logging.getLogger(__name__).warning("%s", failure.exc_value)
+    else:
+        threading.__excepthook__(failure)
+
+
 @cache
 def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -302,12 +351,9 @@ def _finite(value: float | None) -> float | None:
 
 def _drop_after(path: Path, last_step: int) -> None:
     """Rewrite a file of JSON lines without the steps after `last_step` and without what is no line of JSON."""
-    kept = path.with_name(path.name + ".tmp")
-    with path.open("rb") as old, kept.open("wb") as new:
-        for line in old:
-            if _step_of(line) <= last_step:
-                new.write(line)
-    os.replace(kept, path)
+    with path.open("rb") as old:
+        kept = [line for line in old if _step_of(line) <= last_step]
+    write_with(path, lambda partial: partial.write_bytes(b"".join(kept)))
 
 
 def _step_of(line: bytes) -> float:

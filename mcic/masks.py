@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from mcic import __version__, distributed
+from mcic.build import in_words
 from mcic.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from mcic.coco_json import coco_instances
 from mcic.config import MethodConfig
@@ -225,7 +226,8 @@ def _make(restored: RestoredRun, settings: MaskSettings, folder: Path, indices: 
     workers = default_workers(restored.config.data.workers, dataset) if indices else 0
     started = said = time.monotonic()
     for done, item in enumerate(eval_items(dataset, saliency, indices=indices, workers=workers), 1):
-        label, confidence = _mask(restored, settings, item)
+        with in_words(restored.device, "--scales with smaller factors, or --device cpu"):
+            label, confidence = _mask(restored, settings, item)
         image_id = dataset.ids[item.index]
         save_image(Image.fromarray(confidence), folder / "confidence" / f"{image_id}.png", format="PNG")
         save_mask(label, palette, folder / "labels" / f"{image_id}.png")  # last: with it the image is finished

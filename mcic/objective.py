@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,12 @@ from mcic.losses import (
 )
 from mcic.model import MCIC, Augmented, Contexts, Prediction, feature_valid
 from mcic.ops import pseudo_masks, segmentation_losses
-from mcic.pseudo import IGNORE, context_mask, resize_like
+from mcic.pseudo import IGNORE, cam_scores, context_scores, mask_from_scores, merge_masks, resize_like
+from mcic.refine import refine_rows
 
 from .data.base import Batch
+
+Scores = TypeVar("Scores", Prediction, Augmented)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,12 @@ class Objective:
         tags: Tensor,
         saliency: Tensor | None,
         valid: Tensor | None,
+        images: Tensor,
     ) -> Masks:
-        """The masks of a batch on its feature grid; M' comes from s itself where there is no bank (the control)."""
+        """The masks of a batch on the grid of its logits; M' comes from s itself where there is no bank (the control).
+
+        `images` [B, 3, H, W] of any size are read by the refinement only.
+        """
         method = self.method
         logits = context_heatmap = None
         if method.context != "none":
@@ -90,6 +98,16 @@ class Objective:
                 logits, context_heatmap = None, augmented.heatmap
         if saliency is not None:
             saliency = resize_like(saliency, prediction.heatmap.shape[-2:])
+        if method.refinement != "none":
+            rows = [self._cam_rows(prediction.heatmap, tags, saliency, valid)]
+            if context_heatmap is not None:
+                rows.append(self._cam_rows(context_heatmap, tags, saliency, valid))
+            elif logits is not None:
+                rows.append(self._context_rows(logits, tags, saliency))
+            masks = self._from_rows(rows, valid, images)
+            if len(masks) == 2:
+                masks.append(merge_masks(*masks, rules=method.merge_rule))
+            return Masks(torch.stack(masks))
         stacked = pseudo_masks(
             prediction.heatmap, tags, saliency, valid, logits=logits, context_heatmap=context_heatmap,
             threshold=method.cam_threshold, cam_background=method.cam_background,
@@ -98,12 +116,28 @@ class Objective:
         )  # fmt: skip
         return Masks(stacked)
 
-    def context_mask(self, logits: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
+    def context_mask(
+        self, logits: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None, images: Tensor
+    ) -> Tensor:
         """E11 under this configuration."""
+        return self._from_rows([self._context_rows(logits, tags, saliency)], valid, images)[0]
+
+    def _from_rows(self, rows: list[Tensor], valid: Tensor | None, images: Tensor) -> list[Tensor]:
+        """E3 on rows that are refined first: all with the same neighbours, so together."""
+        refined = refine_rows(torch.cat(rows, 1), images, method=self.method.refinement).split(rows[0].shape[1], 1)
+        return [mask_from_scores(each, threshold=self.method.cam_threshold, valid=valid) for each in refined]
+
+    def _cam_rows(self, heatmap: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
         method = self.method
-        return context_mask(
-            logits, tags, saliency, threshold=method.cam_threshold, rules=method.context_background,
-            saliency_weight=method.saliency_weight, valid=valid,
+        return cam_scores(
+            heatmap, tags, saliency, threshold=method.cam_threshold, rules=method.cam_background,
+            background_power=method.background_power, valid=valid,
+        )  # fmt: skip
+
+    def _context_rows(self, logits: Tensor, tags: Tensor, saliency: Tensor | None) -> Tensor:
+        method = self.method
+        return context_scores(
+            logits, tags, saliency, saliency_weight=method.saliency_weight, rules=method.context_background
         )  # fmt: skip
 
     def __call__(self, model: MCIC, batch: Batch, ramp: Tensor) -> StepOutput:
@@ -115,18 +149,16 @@ class Objective:
             ramp: λ of E15, a scalar tensor on the device.
         """
         prediction = model(batch.images)
-        grid = prediction.features.shape[-2:]
-        valid = feature_valid(batch.valid, grid)
-        if self.method.padding_rule == "authors":
-            valid = torch.ones_like(valid)
+        valid = self._valid(batch, prediction.features)
         if self.method.supervision == "full":
-            return self._full(prediction, batch, valid)
+            return self._full(prediction, batch, valid, ramp)
         if self.method.supervision == "masks":
             return self._given_masks(prediction, batch)
         contexts, augmented = self._context_branch(model, prediction, batch, valid)
-        masks = self.masks(prediction, augmented, batch.tags, batch.saliency, valid)
         terms = {"loss/classification": self._classification(prediction, batch.tags, valid)}
-        segmentation = self._segmentation(prediction, augmented, masks, terms, ramp)
+        fine = self._on_mask_grid(prediction), augmented and self._on_mask_grid(augmented)
+        masks = self.masks(*fine, batch.tags, batch.saliency, self._valid(batch, fine[0].logits), batch.images)
+        segmentation = self._segmentation(*fine, masks, terms, ramp)
         total = terms["loss/classification"] + ramp * self.method.segmentation_weight * segmentation
         if augmented is not None:
             terms["loss/entropy"] = entropy_loss(augmented.entropy, valid, count=distributed.sum_(valid.sum()))
@@ -135,6 +167,16 @@ class Objective:
         terms["loss/total"] = total
         figures = self._figures(prediction, augmented, masks, model)
         return StepOutput(total, {k: v.detach() for k, v in (terms | figures).items()}, contexts)
+
+    def _valid(self, batch: Batch, maps: Tensor) -> Tensor:
+        """bool [B, h, w] on the grid of `maps` [B, C, h, w]: where the crop shows the image."""
+        valid = feature_valid(batch.valid, maps.shape[-2:])
+        return torch.ones_like(valid) if self.method.padding_rule == "authors" else valid
+
+    def _on_mask_grid(self, scores: Scores) -> Scores:
+        """The same with its logits and heatmap on the grid of the masks, `mask_upsampling` times as fine."""
+        factor = self.method.mask_upsampling
+        return replace(scores, logits=finer(scores.logits, factor), heatmap=finer(scores.heatmap, factor))
 
     def _context_branch(
         self, model: MCIC, prediction: Prediction, batch: Batch, valid: Tensor
@@ -169,14 +211,15 @@ class Objective:
         factors = [cam_factor if name == "cam" else torch.ones_like(ramp) for name in names]
         return (losses * torch.stack(factors)).sum()
 
-    def _full(self, prediction: Prediction, batch: Batch, valid: Tensor) -> StepOutput:
+    def _full(self, prediction: Prediction, batch: Batch, valid: Tensor, ramp: Tensor) -> StepOutput:
         """Ground-truth masks in the place of M, M' and M'', weighted as they are together."""
-        truth = sample_grid(batch.masks, valid.shape[-2:]).masked_fill(~valid, IGNORE)
+        logits = finer(prediction.logits, self.method.mask_upsampling)
+        truth = sample_grid(batch.masks, logits.shape[-2:]).masked_fill(~self._valid(batch, logits), IGNORE)
         count = distributed.sum_(labelled_pixels(truth))
         classification = self._classification(prediction, batch.tags, valid)
-        loss = segmentation_loss(prediction.logits, truth, count=count, backend=self.backend)
+        loss = segmentation_loss(logits, truth, count=count, backend=self.backend)
         segmentation = len(self.method.masks) * loss
-        total = classification + self.method.segmentation_weight * segmentation
+        total = classification + ramp * self.method.segmentation_weight * segmentation
         terms = {"loss/classification": classification, "loss/segmentation": segmentation, "loss/total": total}
         return StepOutput(total, {name: term.detach() for name, term in terms.items()}, None)
 
@@ -210,6 +253,15 @@ class Objective:
 def push(model: MCIC, contexts: Contexts) -> None:
     """Append contexts to the model's bank."""
     model.memory.push(contexts.vectors, contexts.labels, contexts.image_ids)
+
+
+def finer(maps: Tensor | None, factor: int) -> Tensor | None:
+    """[B, C, h, w] on a grid with `factor` steps for one, [B, C, (h-1)·factor + 1, (w-1)·factor + 1], by bilinear
+    interpolation; None stays None."""
+    if maps is None or factor == 1:
+        return maps
+    size = [(side - 1) * factor + 1 for side in maps.shape[-2:]]
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 
 def sample_grid(masks: Tensor, size: torch.Size) -> Tensor:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from mcic.model import MCIC
 
+STATE_NAMES = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}
+"""what each optimizer keeps of a parameter"""
+
 
 def build_optimizer(
-    model: MCIC, *, lr: float, new_layer_lr: float, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
-    """SGD in which layers that start from scratch learn `new_layer_lr` times as fast as pretrained ones.
+    model: MCIC, *, kind: Literal["sgd", "adamw"] = "sgd", lr: float, new_layer_lr: float, momentum: float,
+    weight_decay: float,
+) -> torch.optim.SGD | torch.optim.AdamW:  # fmt: skip
+    """An optimizer in which layers that start from scratch learn `new_layer_lr` times as fast as pretrained ones.
 
     Every group keeps its base rate as `initial_lr`; `set_lr` scales it. The update is fused, so that the device can
-    skip it, and on a GPU the rate is a tensor there, so that a step can be recorded as a graph. Momentum begins at 0.
+    skip it, and on a GPU the rate is a tensor there, so that a step can be recorded as a graph. What the optimizer
+    keeps of each parameter begins at 0.
+
+    Args:
+        model: the network with classification head and propagation.
+        kind: `sgd`, with momentum, or `adamw` (Loshchilov and Hutter 2019), whose first average is the momentum's.
+        lr, new_layer_lr: rate of the pretrained layers, and the others' over it.
+        momentum: 0…1.
+        weight_decay: of `sgd` an L2 penalty, of `adamw` decoupled.
     """
     pretrained = list(model.network.backbone.parameters()) if model.network.backbone.pretrained else []
     known = set(map(id, pretrained))
@@ -26,11 +40,19 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     device = groups[0]["params"][0].device
-    for group in groups if device.type == "cuda" else ():
+    on_gpu = device.type == "cuda"
+    for group in groups if on_gpu else ():
         group["lr"] = torch.tensor(group["lr"], device=device)
-    optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
-    for parameter in (p for group in groups for p in group["params"] if momentum):
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(
+            groups, betas=(momentum, 0.999), weight_decay=weight_decay, fused=True, capturable=on_gpu
+        )
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+    for parameter in (p for group in groups for p in group["params"] if momentum or kind == "adamw"):
+        for name in STATE_NAMES[type(optimizer)]:
+            zero = torch.zeros((), device=device) if name == "step" else torch.zeros_like(parameter)
+            optimizer.state[parameter][name] = zero
     return optimizer
 
 

@@ -78,7 +78,7 @@ def example_of(model: MCIC, objective: Objective, item: EvalItem, dataset: Datas
     saliency = None if item.saliency is None else item.saliency[None].to(device)
     outputs = at_pixels(model, images, tags)
     logits = outputs.prediction.logits[0]
-    masks = mask_candidates(objective, outputs, tags, saliency)
+    masks = mask_candidates(objective, outputs, tags, saliency, images)
     masks = {MASK_TITLES[name]: mask[0].cpu() for name, mask in masks.items() if name != "seg" or len(masks) < 4}
     masks["prediction"] = logits.argmax(0).cpu()
     panels = {"heatmap": heat(item.pixels, _heatmap(outputs, tags))}

@@ -8,32 +8,34 @@
 
 `areas.csv` also is the memory of which image has which name, and of what its mask was made with (`made_with`, a digest
 of network, settings and tags). An image's old mask goes first, then its rows come, and its mask comes last: a mask in
-`labels/` whose image is in the table is complete and what the rows say.
+`labels/` whose image is in the table is complete and what the rows say. Ranks that torchrun started share the images.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import io
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
-from mcic import __version__
-from mcic.data.images import readable_suffixes
+from mcic import __version__, distributed
+from mcic.areas import AreaTable
+from mcic.data.shards import images_of, names_shards
 from mcic.data.tags import key_of, read_table
 from mcic.durable import write_text
+from mcic.pictures import readable_suffixes
 from mcic.predict import Predictor
 from mcic.segmentation import Segmentation, save_image
 
@@ -41,22 +43,35 @@ log = logging.getLogger(__name__)
 
 LABELS, OVERLAYS, CONFIDENCE = "labels", "overlays", "confidence"
 _FILES = {LABELS: ".png", OVERLAYS: ".jpg", CONFIDENCE: ".png"}
-_COLUMNS = ("image", "name", "width", "height", "class", "pixels", "percent", "mean_confidence",
-            "made_with")  # fmt: skip
 _PROGRESS_INTERVAL = 10.0  # seconds
+
+TIMEOUT = timedelta(hours=24)
+"""how long a rank that has done its share waits for the others"""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image to predict: its file, absolute, and the name that it should have, which may hold folders."""
+    """An image to predict.
+
+    Attributes:
+        path: its file, absolute; of an image in a tar, the tar's with the name in it behind.
+        name: that it should have, which may hold folders.
+        read: gives the image where it is no file of its own: uint8 [H, W, 3]; raises ValueError if it cannot be read.
+    """
 
     path: Path
     name: str
+    read: Callable[[], np.ndarray] | None = None
+
+    def content(self) -> Path | np.ndarray:
+        """What a `Predictor` takes."""
+        return self.path if self.read is None else self.read()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the images: how many were predicted, how many had been before, and which could not be."""
+    """What became of the images, over all ranks: how many were predicted, how many had been before, and which could not
+    be."""
 
     predicted: int
     kept: int
@@ -64,9 +79,10 @@ class Outcome:
 
 
 def find_images(sources: Iterable[str | Path], *, out: Path) -> list[ImageFile]:
-    """The images that files, folders and patterns such as `photos/**/*.jpg` stand for, each once.
+    """The images that files, folders, patterns such as `photos/**/*.jpg` and tars of samples stand for, each once.
 
-    Of a folder all files with the ending of an image format are taken, also in sub-folders, whose names stay in the
+    Tars are files, patterns that end with .tar, commands and URLs, see `mcic.data.shards`. Of a folder all files with
+    the ending of an image format are taken, also in sub-folders, whose names stay in the
     images' names; but hidden ones, and what an earlier prediction wrote below `out`.
 
     Raises:
@@ -75,7 +91,9 @@ def find_images(sources: Iterable[str | Path], *, out: Path) -> list[ImageFile]:
     written = [(out / folder).resolve() for folder in _FILES]
     found: dict[Path, ImageFile] = {}
     for source in map(str, sources):
-        if Path(source).is_file():
+        if names_shards(source) and not Path(source).is_dir():
+            files = [ImageFile(_absolute(path), name, read) for path, name, read in images_of(source)]
+        elif Path(source).is_file():
             files = [ImageFile(_absolute(source), Path(source).stem)]
         else:
             files = [file for file in _matches(source) if not any(f in file.path.resolve().parents for f in written)]
@@ -133,7 +151,7 @@ def predict_files(
     tags: dict[Path, frozenset[str]] | Sequence[str] | None = None, overlays: bool = True, confidence: bool = False,
     overwrite: bool = False,
 ) -> Outcome:  # fmt: skip
-    """Predict images into a folder.
+    """Predict images into a folder; the ranks of a process group, if there is one, share them.
 
     Images that have a mask there, made with the same tags, are passed over, so that a call can be repeated after an
     interruption. Nothing is written over but what an earlier call wrote for the same image: where another file has the
@@ -156,10 +174,9 @@ def predict_files(
         predictor.allowed(names)  # a wrong name is no fault of an image
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
-    table = _Table(out / "areas.csv")
     settings = _settings(predictor, tags)
-    if _differs(out, settings, overwrite=overwrite):
-        _forget_others(images, table, out)
+    order = [image.path for image in images]
+    table = _claimed_table(out, settings, order, overwrite=overwrite)
     names = _names(images, table, out)
     digests = {image.path: _digest(settings, tags[image.path] if isinstance(tags, dict) else ()) for image in images}
     done = {
@@ -167,29 +184,55 @@ def predict_files(
         if not overwrite and table.digest(image.path) == digests[image.path]
         and _file(out, LABELS, names[image.path]).is_file()
     }  # fmt: skip
-    table.rewrite()
-    predicted, failed = 0, []
-    started = reported = time.monotonic()
-    for number, image in enumerate(images):
-        if image.path in done:
-            continue
-        if time.monotonic() - reported > _PROGRESS_INTERVAL:
-            reported = time.monotonic()
-            log.info("%d of %d images, %.0f s", number, len(images), reported - started)
+    distributed.barrier()  # every rank knows what is there before the first one adds to it
+    left = [place for place, image in enumerate(images) if image.path not in done]
+    share = left[distributed.rank() :: distributed.world_size()]
+    fate = torch.zeros(2, len(images), dtype=torch.int32)  # predicted, failed
+    for place in _with_progress(share):
+        image = images[place]
         try:
             _check_utf8(image.path)
-            result = predictor.predict(image.path, tags=tags[image.path] if isinstance(tags, dict) else tags)
+            result = predictor.predict(image.content(), tags=tags[image.path] if isinstance(tags, dict) else tags)
         except (ValueError, MemoryError) as error:
             _warn(image.path, error)
-            failed.append(image.path)
+            fate[1, place] = 1
             continue
-        if not predicted:  # not earlier: where no image can be read, nothing is written
+        if not fate[0].any():  # not earlier: where no image can be read, nothing is written
             _store_settings(out, settings)
-        predicted += 1
+        fate[0, place] = 1
         _write(result, image, names[image.path], out, table, made_with=digests[image.path], overlays=overlays,
                confidence=confidence)  # fmt: skip
-    table.rewrite()
-    return Outcome(predicted, len(done), tuple(failed))
+    predicted, failed = distributed.sum_(fate.to(predictor.device)).cpu()
+    if distributed.rank() == 0:
+        table.take_over(order)
+    distributed.barrier()
+    unread = tuple(image.path for image, is_failed in zip(images, failed.tolist(), strict=True) if is_failed)
+    return Outcome(int(predicted.sum()), len(done), unread)
+
+
+def _with_progress(places: Sequence[int]) -> Iterator[int]:
+    """The places, saying now and then how far this is."""
+    started = reported = time.monotonic()
+    for number, place in enumerate(places):
+        if time.monotonic() - reported > _PROGRESS_INTERVAL:
+            reported = time.monotonic()
+            log.info("%d of %d images, %.0f s", number, len(places), reported - started)
+        yield place
+
+
+def _claimed_table(out: Path, settings: dict[str, Any], order: Sequence[Path], *, overwrite: bool) -> AreaTable:
+    """The table of what is in the folder, the same on every rank, without what other settings made."""
+    differs = _differs(out, settings, overwrite=overwrite)
+    distributed.barrier()  # every rank has looked before the first one writes
+    if distributed.rank() == 0:
+        table = AreaTable(out)
+        table.take_over(order)
+        if differs:
+            for name in table.keep(order):
+                _remove(out, name)
+            table.take_over(order)
+    distributed.barrier()
+    return AreaTable(out, rank=distributed.rank())
 
 
 def _warn(path: Path, error: ValueError | MemoryError) -> None:
@@ -205,72 +248,8 @@ def _check_utf8(path: Path) -> None:
         raise ValueError("its name is not UTF-8, as areas.csv is: rename it") from None
 
 
-class _Table:
-    """`areas.csv`: the rows of every image, in the order in which they came; an image's pixels add up to its size."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-        left: dict[str, int] = {}
-        for row in self._read():
-            if not left.get(row["image"]):  # the first row of an image, or of one that was predicted again
-                self.rows.pop(row["image"], None)
-                left[row["image"]] = row["width"] * row["height"]
-            self.rows.setdefault(row["image"], []).append(row)
-            left[row["image"]] -= row["pixels"]
-        self.rows = {image: rows for image, rows in self.rows.items() if left[image] == 0}
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        """The rows of the file but one that an interruption tore."""
-        if not self.path.is_file():
-            return
-        try:
-            text, head = self.path.read_text(encoding="utf-8"), _csv_text([], header=True)
-            if not text.startswith(head) and not head.startswith(text):
-                raise ValueError("other columns")
-            for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
-                yield {**row, **{name: int(row[name]) for name in ("width", "height", "pixels")}}
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise ValueError(f"{self.path} is not of mcic predict: choose another folder for --out") from error
-
-    def digest(self, image: Path) -> str | None:
-        """What an image's mask was made with, see `_digest`."""
-        rows = self.rows.get(str(image))
-        return rows[0]["made_with"] if rows else None
-
-    def keep(self, images: Sequence[ImageFile]) -> list[str]:
-        """Forget all images but these; returns the names of the others."""
-        kept = {str(image.path) for image in images}
-        forgotten = [rows[0]["name"] for image, rows in self.rows.items() if image not in kept]
-        self.rows = {image: rows for image, rows in self.rows.items() if image in kept}
-        return forgotten
-
-    def add(self, image: Path, rows: list[dict[str, Any]]) -> None:
-        """Put the rows of an image at the end, in the file too."""
-        text = _csv_text(rows, header=not self.path.is_file())
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(text)
-        self.rows.pop(str(image), None)
-        self.rows[str(image)] = rows
-
-    def rewrite(self) -> None:
-        """The file without rows that newer ones replaced."""
-        if self.rows or self.path.is_file():
-            rows = [row for rows in self.rows.values() for row in rows]
-            write_text(self.path, _csv_text(rows, header=True))
-
-
-def _csv_text(rows: list[dict[str, Any]], *, header: bool) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _write(
-    result: Segmentation, image: ImageFile, name: str, out: Path, table: _Table, *, made_with: str, overlays: bool,
+    result: Segmentation, image: ImageFile, name: str, out: Path, table: AreaTable, *, made_with: str, overlays: bool,
     confidence: bool,
 ) -> None:  # fmt: skip
     """Everything of one image, in the place of what was there: its rows first, its mask last."""
@@ -290,7 +269,7 @@ def _write(
     result.save(_file(out, LABELS, name))
 
 
-def _names(images: Sequence[ImageFile], table: _Table, out: Path) -> dict[Path, str]:
+def _names(images: Sequence[ImageFile], table: AreaTable, out: Path) -> dict[Path, str]:
     """A name for every image that no other has: what the table says, else its own, else with a number."""
     taken = {rows[0]["name"].casefold() for rows in table.rows.values()}  # some file systems do not tell x from X
     names: dict[Path, str] = {}
@@ -344,12 +323,6 @@ def _differs(out: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
         raise ValueError(f"{out} holds masks of another {' and '.join(differing)}: choose another folder for --out, "
                          "or --overwrite")  # fmt: skip
     return bool(differing)
-
-
-def _forget_others(images: Sequence[ImageFile], table: _Table, out: Path) -> None:
-    """Remove what was written for images that are not among these."""
-    for name in table.keep(images):
-        _remove(out, name)
 
 
 def _store_settings(out: Path, settings: dict[str, Any]) -> None:

@@ -44,6 +44,26 @@ def refine(probabilities: Tensor, images: Tensor, *, method: Method) -> Tensor:
 
 
 @torch.no_grad()
+def refine_rows(rows: Tensor, images: Tensor, *, method: Literal["none", "pamr"]) -> Tensor:
+    """Refine the rows that masks are taken from while training, on any grid.
+
+    Args:
+        rows: f32 [B, R, h, w], scores of 0 and above.
+        images: [B, 3, H, W], each channel scaled and shifted by any constants: the grid's corners lie on theirs.
+        method: `none` | `pamr`, its neighbours at the distances that it has in the image.
+
+    Returns:
+        f32 [B, R, h, w].
+    """
+    if method == "none":
+        return rows
+    step = max(1, round((images.shape[-1] - 1) / max(1, rows.shape[-1] - 1)))
+    dilations = tuple(sorted({max(1, round(dilation / step)) for dilation in DILATIONS}))
+    small = F.interpolate(images.float(), size=rows.shape[-2:], mode="bilinear", align_corners=True)
+    return pamr(rows, small, dilations=dilations)
+
+
+@torch.no_grad()
 def dense_crf(
     probabilities: Tensor, images: Tensor, *, protocol: Protocol = "affinitynet", iterations: int = 10
 ) -> Tensor:

@@ -100,9 +100,9 @@ def _notes(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
         if not run.summary
     ]
     finished = [run for run in runs if run.summary]
-    if len({(run.setting("data", "name"), str(run.setting("data", "root"))) for run in runs}) > 1:
+    if len({(str(run.setting("data", "name")), str(run.setting("data", "root"))) for run in runs}) > 1:
         notes.append("The runs were trained on different data.")
-    if len({run.summary.get("protocol") for run in finished}) > 1:
+    if len({str(run.summary.get("protocol")) for run in finished}) > 1:
         notes.append("The runs were evaluated under different protocols: compare their scores with care.")
     used = [name for run, name in zip(runs, names, strict=True) if run.summary.get("ground_truth_used")]
     if used:

@@ -166,7 +166,7 @@ class _Bank:
         thumbnails = run.readings.get("thumbnails", {})
         uris = {name: data_uri(run.path / EXAMPLES / Path(file).name, _SIDE) for name, file in thumbnails.items()}
         return [
-            [self.classes.index(source["class"]), self._place(source["image"], uris), source["contexts"]]
+            [self.classes.index(source["class"]), self._place(source.get("image"), uris), source["contexts"]]
             for source in run.readings.get("sources", [])
         ]
 

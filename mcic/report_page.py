@@ -6,7 +6,9 @@ import base64
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from PIL import Image
 from mcic import __version__
 from mcic.charts import confusion_chart, number
 from mcic.durable import write_text
+from mcic.pictures import opened
 
 GENERATOR = "mcic report"
 """by this name in its head a page is known as one of ours"""
@@ -26,15 +29,20 @@ GENERATOR = "mcic report"
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     """A page from `templates/`; all that it is given is escaped, and only the script it carries may run."""
+    script = files("mcic").joinpath("templates/report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {"version": __version__, "generator": GENERATOR, "script": Markup(script), "script_hash": f"sha256-{digest}"}
+    return _environment().get_template(template).render(own | dict(context))
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mcic", "templates"),
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "percent": _percent, "signed": _signed, "setting": setting_text}
-    script = files("mcic").joinpath("templates/report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    own = {"version": __version__, "generator": GENERATOR, "script": Markup(script), "script_hash": f"sha256-{digest}"}
-    return environment.get_template(template).render(own | dict(context))
+    return environment
 
 
 def script_data(data: Any) -> Markup:
@@ -57,7 +65,7 @@ def require_page(path: Path) -> Path:
 
 def write_page(path: Path, page: str) -> Path:
     """Write a page whole or not at all."""
-    write_text(path, page)
+    write_text(path, page.encode(errors="replace").decode())  # names of files need not be text
     return path
 
 
@@ -67,12 +75,10 @@ def data_uri(path: Path, side: int) -> str | None:
     Raises:
         ValueError: the file is no picture.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # also of a name that no file can have
         return None
-    try:
-        image = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from error
+    with opened(path, "picture") as file:
+        image = file.convert("RGB")
     flat = image.getcolors(256) is not None
     image.thumbnail((side, side), Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -95,8 +101,11 @@ def classes_of(summary: dict[str, Any]) -> list[dict[str, str]]:
 def confusion_svg(summary: dict[str, Any]) -> Markup | None:
     """The confusion matrix of a summary as a chart, or None where it has none."""
     names = [entry["name"] for entry in classes_of(summary)]
-    counts = np.array(summary.get("confusion") or [], dtype=np.int64)
-    if counts.shape != (len(names), len(names)) or not counts.any():
+    rows = summary.get("confusion") or []
+    if [len(row) for row in rows] != [len(names)] * len(names):
+        return None
+    counts = np.array(rows, dtype=np.int64)
+    if not counts.any():
         return None
     return Markup(confusion_chart(counts, names))
 

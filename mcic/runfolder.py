@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mcic.preview import EXAMPLES
+from mcic.untrusted import parse_json, read_json, read_yaml, shown
+
+_HUGE = 1e100
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
+
+
+def _is_color(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
+
+
+Shape = Callable[[Any], bool] | list | dict
+"""what a value must be: a test of it; [shape] a list of such; {...: shape} an object of such; {"key": shape} an object
+with the key, or, with a ? at the end of the key, perhaps with it"""
+
+_SUMMARY = {
+    "classes?": [_is_text], "palette?": [_is_color], "per_class?": {...: [_is_score]}, "confusion?": [[_is_count]],
+}  # fmt: skip
+_EXAMPLES = [
+    {"id": _is_text, "tags?": [_is_text], "iou?": {...: _is_score}, "uncertainty?": _is_score,
+     "panels": {...: _is_text}}
+]  # fmt: skip
+_READING = {"rows": _is_count, "columns": _is_count, "sources": [_is_count], "weights": [_is_count]}
+_READINGS = {
+    "sources?": [{"class": _is_text, "image?": _is_name, "contexts": _is_count}], "thumbnails?": {...: _is_text},
+    "readings?": [lambda value: value is None or not _flaw(value, _READING)],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +84,8 @@ class RunFolder:
 
     def setting(self, group: str, name: str) -> Any:
         """A value of the configuration, or None."""
-        return (self.config.get(group) or {}).get(name)
+        settings = self.config.get(group)
+        return settings.get(name) if isinstance(settings, dict) else None
 
 
 def read_run(path: Path) -> RunFolder:
@@ -60,16 +105,16 @@ def read_run(path: Path) -> RunFolder:
         env=read_document(path / "env.json", dict),
         metrics=_read_lines(path / "metrics.jsonl"),
         evaluations=_read_lines(path / "evaluations.jsonl"),
-        summary=read_document(path / "summary.json", dict),
-        examples=read_document(path / EXAMPLES / "index.json", list),
-        readings=read_document(path / EXAMPLES / "readings.json", dict),
+        summary=_read_shaped(path / "summary.json", dict, _SUMMARY),
+        examples=_read_shaped(path / EXAMPLES / "index.json", list, _EXAMPLES),
+        readings=_read_shaped(path / EXAMPLES / "readings.json", dict, _READINGS),
     )
 
 
 def finite(mapping: dict[str, Any], key: str) -> float | None:
-    """`mapping[key]` if it is a finite number, else None."""
+    """`mapping[key]` if it is a number that can be drawn, else None."""
     value = mapping.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if _is_number(value) and abs(value) < _HUGE else None
 
 
 def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
@@ -91,14 +136,39 @@ def read_document(path: Path, kind: type) -> Any:
     """
     if not path.is_file():
         return kind()
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     if not isinstance(content, kind):
         raise ValueError(f"{path} must hold a {kind.__name__}, got a {type(content).__name__}")
     return content
+
+
+def _read_shaped(path: Path, kind: type, shape: Shape) -> Any:
+    """As `read_document`; the content must have the shape, and null at its top is as if absent."""
+    content = read_document(path, kind)
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if value is not None}
+    if content and (flaw := _flaw(content, shape)):
+        raise ValueError(f"{path} is damaged: {flaw}")
+    return content
+
+
+def _flaw(value: Any, shape: Shape, name: str = "it") -> str:
+    """What keeps a value from its shape, "" if nothing does."""
+    if callable(shape):
+        return "" if shape(value) else f"{name} is {shown(repr(value))}"
+    if not isinstance(value, type(shape)):
+        return f"{name} is {shown(repr(value))}"
+    if isinstance(shape, list):
+        parts = ((entry, shape[0], name) for entry in value)
+    elif ... in shape:
+        parts = ((entry, shape[...], shown(key)) for key, entry in value.items())
+    else:
+        lacking = [key for key in shape if not key.endswith("?") and key not in value]
+        if lacking:
+            return f"{name} has no {lacking[0]}"
+        known = {key.rstrip("?"): inner for key, inner in shape.items()}
+        parts = ((value[key], inner, key) for key, inner in known.items() if key in value)
+    return next((flaw for entry, inner, key in parts if (flaw := _flaw(entry, inner, key))), "")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -110,11 +180,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for place, line in enumerate(lines[:-1]):  # after the last line's end: nothing, or what an interruption tore
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {place + 1}, is not JSON: {error}") from error
+        where = f"{path}, line {place + 1}"
+        row = parse_json(line, where)
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {place + 1}: expected an object, got {type(row).__name__}")
-        rows[row.get("step", place)] = row
+            raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+        step = row.get("step", place)
+        if not _is_number(step) or not 0 <= step < 2**53:
+            raise ValueError(f"{where}: expected a number of steps, got {shown(str(step))}")
+        rows[step] = row
     return [rows[step] for step in sorted(rows)]

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mcic import distributed
-from mcic.build import PRECISIONS, build_model, choose_device, peak_memory, seed_everything
-from mcic.calibrate import apply_calibration, read_calibration
+from mcic.build import PRECISIONS, build_model, choose_device, in_words, peak_memory, seed_everything
+from mcic.calibrate import apply_calibration
 from mcic.checkpoint import (
     load_checkpoint,
     load_initial,
@@ -23,34 +24,35 @@ from mcic.checkpoint import (
     newest_good,
     save_checkpoint,
     save_network,
-    used_ground_truth,
 )
 from mcic.config import Config
 from mcic.config_io import load_config, save_config
 from mcic.data import (
     Batch,
-    GroundTruth,
-    SavedMasks,
-    Targets,
     TrainLoader,
     build_data,
     build_saliency,
     default_workers,
     eval_items,
+    write_quarantine,
 )
 from mcic.defaults import fill_unset, settle
-from mcic.durable import write_text
-from mcic.evaluate import evaluate_masks, evaluate_network, share_of_rank, summarize
+from mcic.durable import optional, write_text, write_with
+from mcic.evaluate import SMALLER_IMAGES, evaluate_masks, evaluate_network, share_of_rank, summarize
 from mcic.guard import NonFiniteGuard
 from mcic.log import RunLog, environment
 from mcic.measures import summary_rows
+from mcic.meter import Meter
 from mcic.objective import Objective
 from mcic.ops import describe_backends, rejected_labels
 from mcic.optim import build_optimizer, set_lr
 from mcic.panels import draw_examples, draw_previews
+from mcic.preview import EXAMPLES
 from mcic.report import write_report
+from mcic.runfolder import read_document
 from mcic.schedule import poly, ramp_up, warm_up
 from mcic.stop import Stopped, StopRequest
+from mcic.supervision import build_targets, uses_ground_truth
 from mcic.update import GraphedUpdate, Update
 
 logger = logging.getLogger("mcic.trainer")
@@ -69,7 +71,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config = config.resolved()
         self.device = choose_device(config.run.device)
-        distributed.initialize(self.device)
+        distributed.initialize(self.device, timedelta(seconds=config.run.rank_timeout))
         self.folder = self._choose_folder()
         self.summary = self._finished_summary()
         if self.summary is not None:
@@ -77,8 +79,8 @@ class Trainer:
         seed_everything(config)
         self.data = build_data(config.data)
         self.config = config = self._settled()
-        self.targets = self._targets()
-        self.ground_truth_used = self._uses_ground_truth()
+        self.targets = build_targets(config, self.data.train)
+        self.ground_truth_used = uses_ground_truth(config, self.targets)
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
         self.loader = self._build_loader()
         num_classes = len(self.data.train.classes) + 1
@@ -88,19 +90,22 @@ class Trainer:
         self.objective = Objective(config.method, backend=backend)
         train = config.train
         self.optimizer = build_optimizer(
-            self.model, lr=train.lr, new_layer_lr=train.new_layer_lr, momentum=train.momentum,
+            self.model, kind=train.optimizer, lr=train.lr, new_layer_lr=train.new_layer_lr, momentum=train.momentum,
             weight_decay=train.weight_decay,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")
         self.step = 0
         self.total_steps = train.epochs * self.loader.steps
-        self.seconds = 0.0  # of training, over all parts of a resumed run
+        self.meter = Meter(self.device)
+        self.checkpoint_seconds = 0.0  # over all parts of a resumed run, as the meter's of training
         self.epoch_closed = True  # False: the run stopped between an epoch's last step and what follows it
         self.guard = NonFiniteGuard(
-            self.folder / "nonfinite", limit=train.max_nonfinite, dataset=self.data.train, batch_of=self._batch_of
-        )
+            self.folder / "nonfinite", limit=train.max_nonfinite, dataset=self.data.train, batch_of=self._batch_of,
+            scaled=self.scaler.is_enabled(),
+        )  # fmt: skip
         self._check()
         self._load_state()
+        self.logged = self.step, self.meter.seconds  # of the last line in metrics.jsonl
         if train.compile:
             self.model.network.backbone.compile()
         update = Update(
@@ -115,10 +120,11 @@ class Trainer:
             logger.warning("%s is finished: nothing is left to do", self.folder)
             distributed.finish()
             return self.summary
-        run, leads = self.config.run, distributed.rank() == 0
+        run, train, leads = self.config.run, self.config.train, distributed.rank() == 0
         if leads:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.folder / "config.yaml")
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_with(self.folder / "config.yaml", lambda path: save_config(self.config, path))
+            write_quarantine(self.folder, self.data.train.dropped)
             write_text(self.folder / "env.json", json.dumps(environment(), indent=1))
         evaluated = min(self.step if self.epoch_closed else self.step - 1, self.total_steps - 1)
         with (
@@ -129,7 +135,9 @@ class Trainer:
             ) as log,
         ):  # fmt: skip
             log.message(self._opening_line())
-            self._train(log, stop)
+            with in_words(self.device, f"--train.batch-size {train.batch_size} or --train.size {train.size} must be "
+                          "lower, or --train.accumulate higher"):  # fmt: skip
+                self._train(log, stop)
             summary = self._summarize(log)
             if leads:
                 self._close(summary, log)
@@ -144,7 +152,7 @@ class Trainer:
             self._end_epoch(self.step // steps - 1, log)
         for epoch in range(self.step // steps, self.config.train.epochs):
             if self._train_epoch(epoch, log, stop):
-                self._save(epoch_closed=self.step % steps != 0)
+                self._save(log, epoch_closed=self.step % steps != 0)
                 log.message(f"Stopped after step {self.step}; --run.resume auto goes on from there")
                 distributed.finish()
                 raise Stopped
@@ -153,61 +161,60 @@ class Trainer:
     def _train_epoch(self, epoch: int, log: RunLog, stop: StopRequest) -> bool:
         """The steps that are left of an epoch; returns whether the run is to stop."""
         self.model.train()
-        run, skipped = self.config.run, {}
-        started, last = time.perf_counter(), self.step
+        self.meter.start()
+        every = self.config.run.checkpoint_every
         for batch in self.loader.epoch(epoch, start=self.step % self.loader.steps):
             figures = self._train_step(batch.to(self.device))
             self.step += 1
-            skipped[self.step] = figures["skipped"].clone()
-            stopping = stop.made and distributed.world_size() == 1
-            if self.step % run.log_every == 0 or self.step == self.total_steps or stopping:
-                metrics, flags, stopping = self._read(figures, skipped, stop.made)
-                elapsed = time.perf_counter() - started
-                self.seconds += elapsed
-                metrics["images_per_second"] = (self.step - last) * self.config.train.batch_size / elapsed
-                log.step(self.step, epoch, metrics)
-                self.guard.check(flags, metrics)
-                skipped.clear()
-                started, last = time.perf_counter(), self.step
-            if stopping:
+            self.meter.put(self.step, figures, self._facts(), stop=stop.made)
+            saving = every and self.step % every == 0 and self.step % self.loader.steps
+            alone = stop.made and distributed.world_size() == 1  # else all ranks learn of it at the same step
+            if self._note(log, all_=saving or alone) or alone:
+                self._note(log, all_=True)
                 return True
-            if run.checkpoint_every and self.step % run.checkpoint_every == 0 and self.step % self.loader.steps:
-                self._save(epoch_closed=True)
-        self.seconds += time.perf_counter() - started
-        return False
+            if saving:
+                self._save(log, epoch_closed=True)
+                self.meter.start()
+        return self._note(log, all_=True)
 
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update; returns this rank's share of every figure, still on the device."""
         # Dropout is a function of the step, so a resumed run draws what an uninterrupted one would.
         seed = self.config.train.seed * 2**32 + self.step * distributed.world_size() + distributed.rank()
         torch.manual_seed(seed % 2**63)
-        ramp, factor = self._schedules()
-        set_lr(self.optimizer, factor)
+        ramp = torch.full((), self._ramp_of(self.step), device=self.device)  # filled there: no copy to wait for
+        set_lr(self.optimizer, self._rate_of(self.step))
         return self.update(batch, ramp)
 
-    def _schedules(self) -> tuple[Tensor, float]:
-        """λ on the device and the factor of the learning rate."""
-        train = self.config.train
-        done, total = self.step, self.total_steps
-        if train.lr_schedule == "epoch":
-            done, total = self.step // self.loader.steps, train.epochs
-        factor = warm_up(self.step, train.warmup_steps) * poly(done, total, power=train.lr_power)
-        ramp = torch.full((), self._ramp_of(self.step), device=self.device)  # filled there: no copy to wait for
-        return ramp, factor
+    def _note(self, log: RunLog, *, all_: bool) -> bool:
+        """Record the steps whose figures have come, or all there are; returns whether a rank was asked to stop."""
+        stop, every = False, self.config.run.log_every
+        for reading in self.meter.take(all_=all_):
+            stop |= reading.stop
+            if reading.step % every == 0 or reading.step == self.total_steps:
+                step, seconds = self.logged
+                images = (reading.step - step) * self.config.train.batch_size
+                speed = {"images_per_second": images / (reading.seconds - seconds)}
+                log.step(reading.step, (reading.step - 1) // self.loader.steps, reading.metrics | speed)
+                self.logged = reading.step, reading.seconds
+            self.guard.check(reading.step, reading.metrics)
+        return stop
 
-    def _read(
-        self, figures: dict[str, Tensor], skipped: dict[int, Tensor], stop: bool
-    ) -> tuple[dict[str, float], dict[int, bool], bool]:
-        """Over all ranks and fetched in one transfer: a step's figures with the schedules beside them; of each step
-        since the last call, whether its update was skipped; whether a rank was asked to stop."""
-        ours = [*figures.values(), *skipped.values(), torch.tensor(float(stop))]
-        values = distributed.sum_(torch.stack([value.detach().double().to(self.device) for value in ours])).tolist()
-        metrics = dict(zip(figures, values, strict=False))
-        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        metrics["lambda"] = self._ramp_of(self.step - 1)
-        metrics["memory_gib"] = peak_memory(self.device)
-        flags = dict(zip(skipped, (value > 0.5 for value in values[len(figures) : -1]), strict=True))
-        return metrics, flags, values[-1] > 0
+    def _facts(self) -> dict[str, float]:
+        """What the host knows of the last step."""
+        return {
+            "lr": self.optimizer.param_groups[0]["initial_lr"] * self._rate_of(self.step - 1),
+            "lambda": self._ramp_of(self.step - 1),
+            "memory_gib": peak_memory(self.device),
+        }
+
+    def _rate_of(self, step: int) -> float:
+        """The factor of the learning rate."""
+        train = self.config.train
+        done, total = step, self.total_steps
+        if train.lr_schedule == "epoch":
+            done, total = step // self.loader.steps, train.epochs
+        return warm_up(step, train.warmup_steps) * poly(done, total, power=train.lr_power)
 
     def _ramp_of(self, step: int) -> float:
         method = self.config.method
@@ -221,23 +228,27 @@ class Trainer:
             score = scores["val/miou"]
         if rejected_labels(self.device):
             logger.warning("some contexts were not stored: their class is none of the bank's")
-        self._save(epoch_closed=True, score=score)
+        self._save(log, epoch_closed=True, score=score)
         if distributed.rank() == 0:
             self._save_network()
             if run.previews:
                 indices = range(min(run.previews, len(self.data.train)))
                 items = eval_items(self.data.train, self.saliency, indices=indices)
                 path = self.folder / "previews" / f"epoch-{epoch + 1:03d}.png"
-                draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
+                with optional(path, clear=True):
+                    draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
         distributed.barrier()
 
-    def _save(self, *, epoch_closed: bool, score: float | None = None) -> None:
+    def _save(self, log: RunLog, *, epoch_closed: bool, score: float | None = None) -> None:
         """Write a checkpoint; `epoch_closed`: nothing of the epochs before its step is left to do but previews."""
+        started = time.perf_counter()
         states = distributed.gather_rows(torch.get_rng_state()[None].to(self.device)).cpu()
         if distributed.rank() == 0:
+            log.sync()
             state = {
-                "seconds": self.seconds, "scaler": self.scaler.state_dict(), "epoch_closed": epoch_closed,
-                "streak": self.guard.streak, "score": score, "classes": list(self.data.train.classes),
+                "seconds": self.meter.seconds, "checkpoint_seconds": self.checkpoint_seconds,
+                "scaler": self.scaler.state_dict(), "epoch_closed": epoch_closed, "streak": self.guard.streak,
+                "score": score, "classes": list(self.data.train.classes), "world_size": distributed.world_size(),
                 "ground_truth_used": self.ground_truth_used,
             }  # fmt: skip
             save_checkpoint(
@@ -245,6 +256,7 @@ class Trainer:
                 keep=self.config.run.keep, random_states=list(states),
             )  # fmt: skip
         distributed.barrier()
+        self.checkpoint_seconds += time.perf_counter() - started
 
     def _batch_of(self, step: int) -> Batch:
         """The batch whose update was the `step`-th."""
@@ -253,22 +265,23 @@ class Trainer:
     def _summarize(self, log: RunLog) -> dict[str, Any]:
         """Evaluate and put together `summary.json`."""
         log.message("Evaluating")
-        masks = {}
-        if self.config.eval.mask_images:
+        network, masks, config = self._evaluate_network(), {}, self.config
+        if config.eval.mask_images:
             measured = copy.copy(self.data.train)  # the whole set stays: the bank's ids are places in it
-            measured.subset(self.config.eval.mask_images)
-            masks = evaluate_masks(self.model, self.objective, self._items(measured), device=self.device)
-        config = self.config
+            measured.subset(config.eval.mask_images)
+            with in_words(self.device, SMALLER_IMAGES):
+                masks = evaluate_masks(self.model, self.objective, self._items(measured), device=self.device)
         summary = {
             "preset": config.preset,
             "data": config.data.name,
             "palette": self.data.train.palette.tolist(),
-            **summarize(self._evaluate_network(), masks, self.data.train.classes),
+            **summarize(network, masks, self.data.train.classes),
             "protocol": config.eval.protocol,
             "epochs": config.train.epochs,
             "steps": self.step,
-            "seconds": round(self.seconds, 1),
-            "images_per_second": round(self.step * config.train.batch_size / max(self.seconds, 1e-9), 2),
+            "seconds": round(self.meter.seconds, 1),
+            "checkpoint_seconds": round(self.checkpoint_seconds, 2),
+            "images_per_second": round(self.step * config.train.batch_size / max(self.meter.seconds, 1e-9), 2),
             "backend": describe_backends(config.run.backend, self.device),
             "device": str(self.device),
             "supervision": config.method.supervision,
@@ -279,21 +292,29 @@ class Trainer:
 
     def _evaluate_network(self) -> dict:
         items = self._items(self.data.val)
-        return evaluate_network(self.model, items, protocol=self.config.eval.protocol, device=self.device)
+        with in_words(self.device, SMALLER_IMAGES):
+            return evaluate_network(self.model, items, protocol=self.config.eval.protocol, device=self.device)
 
     def _items(self, dataset: Any) -> Iterator:
         workers = default_workers(self.config.data.workers, dataset)
         return eval_items(dataset, self.saliency, indices=share_of_rank(len(dataset)), workers=workers)
 
     def _close(self, summary: dict[str, Any], log: RunLog) -> None:
+        log.sync()
         if self.config.run.previews:
-            train = self.data.train
-            draw_examples(self.folder, self.model, self.objective, train, self.saliency, device=self.device)
+            with optional(self.folder / EXAMPLES, clear=True):
+                train = self.data.train
+                draw_examples(self.folder, self.model, self.objective, train, self.saliency, device=self.device)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         log.table("Results", summary_rows(summary))
         if self.config.run.report:
-            log.message(f"Report: {write_report(self.folder)}")
-        log.message(f"Checkpoints: {self.folder / 'checkpoints'} (network.safetensors runs at test time)")
+            with optional(self.folder / "report.html"):
+                log.message(f"Report: {write_report(self.folder)}")
+        share = self.checkpoint_seconds / (self.meter.seconds + self.checkpoint_seconds)
+        log.message(
+            f"Checkpoints: {self.folder / 'checkpoints'} (network.safetensors runs at test time); writing them took "
+            f"{self.checkpoint_seconds:.1f} s, {share:.1%} of the time"
+        )
 
     def _choose_folder(self) -> Path:
         """The run folder; it is made when training starts, so that a mistake leaves nothing behind."""
@@ -318,27 +339,6 @@ class Trainer:
         self.data.train.long_side = self.data.val.long_side = config.data.long_side
         return config
 
-    def _targets(self) -> Targets | None:
-        """The masks that supervise, where tags do not."""
-        if self.config.method.supervision == "tags":
-            return None
-        if self.config.method.supervision == "full":
-            return GroundTruth()
-        if self.config.data.masks is None:
-            raise ValueError("--method.supervision masks needs --data.masks, the folder that `mcic masks` wrote")
-        return SavedMasks(Path(self.config.data.masks), self.data.train)
-
-    def _uses_ground_truth(self) -> bool:
-        """Whether masks that people drew train this network, chose a threshold, or trained what it starts from."""
-        calibration, start = self.config.data.calibration, self.config.run.init_from
-        if calibration is not None and read_calibration(Path(calibration))["ground_truth_used"]:
-            return True
-        if start is not None and used_ground_truth(Path(start)):
-            return True
-        if isinstance(self.targets, SavedMasks):
-            return bool(self.targets.manifest.get("ground_truth_used"))
-        return self.targets is not None
-
     def _build_loader(self) -> TrainLoader:
         train, data = self.config.train, self.config.data
         return TrainLoader(
@@ -359,9 +359,17 @@ class Trainer:
             return
         classes = self.data.train.classes
         state = load_checkpoint(path, model=self.model, optimizer=self.optimizer, classes=classes)
-        self.step, self.seconds, self.epoch_closed = state["step"], state["seconds"], state["epoch_closed"]
-        self.guard.streak = state["streak"]
+        self.step, self.epoch_closed, self.guard.streak = state["step"], state["epoch_closed"], state["streak"]
+        self.meter.seconds = state["seconds"]
+        self.checkpoint_seconds = state.get("checkpoint_seconds", 0.0)
         self.scaler.load_state_dict(state["scaler"])
+        before, ranks, batch = state.get("world_size", 1), distributed.world_size(), self.config.train.batch_size
+        if before != ranks:
+            logger.info(
+                "%s was written by %d processes, now there are %d: each computes %d images of a batch, not %d. Batches "
+                "and augmentation stay as they are; sums over processes are rounded otherwise, and dropout draws other "
+                "numbers", path, before, ranks, batch // ranks, batch // before,
+            )  # fmt: skip
         random_state = load_random_state(path, distributed.rank())
         if random_state is not None:
             torch.set_rng_state(random_state)
@@ -371,7 +379,7 @@ class Trainer:
         path = self.folder / "summary.json"
         if self.config.run.resume != "auto" or not path.is_file():
             return None
-        summary = json.loads(path.read_text())
+        summary = read_document(path, dict)
         return summary if summary.get("epochs", 0) >= self.config.train.epochs else None
 
     def _check(self) -> None:
@@ -393,9 +401,6 @@ class Trainer:
                 f"--train.cuda-graph needs one GPU and fp32 or bf16, got {ranks} processes on {self.device.type} "
                 f"in {train.precision}"
             )
-        full = self.config.method.supervision == "full"
-        if full and all(self.data.train.mask(index) is None for index in range(len(self.data.train))):
-            raise ValueError("--method.supervision full needs ground-truth masks: no training image has one")
 
     def _save_network(self) -> None:
         train = self.data.train

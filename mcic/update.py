@@ -78,7 +78,7 @@ class Update:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         skipped = ~norm.isfinite()
         self.optimizer.found_inf = skipped.float()  # the fused update does nothing where it is 1
-        self.scaler.step(self.optimizer)
+        self.optimizer.step()  # not the scaler's, which knows of single values alone: finite ones may have no norm
         self.scaler.update()
         return norm, skipped
 

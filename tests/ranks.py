@@ -3,17 +3,27 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from runs import short
 
-from mcic import build
+from mcic import build, distributed
+from mcic.data import Batch
+from mcic.log import setup_logging
 from mcic.trainer import Trainer
 
 
 def main(folder: str, *changes: str) -> None:
-    """`changes`: killed_at=STEP kills the last rank there, once; resume=auto."""
+    """Train as `changes` say.
+
+    killed_at=STEP, stopped_at=STEP, asked_at=STEP: once SIGKILL, SIGSTOP or SIGTERM for the last rank there
+    asleep_at=STEP: once an hour of sleep for it
+    nan_at=STEP: once its images hold a NaN
+    order=PLACES: the images of a batch in another order
+    patience=SECONDS, epochs=NUMBER, accumulate=NUMBER, resume=auto: of the configuration
+    """
     options = dict(change.split("=") for change in changes)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -21,21 +31,43 @@ def main(folder: str, *changes: str) -> None:
     config = short(
         Path(folder),
         data={"train_images": 64, "saliency": "none"},
-        train={"epochs": 7, "batch_size": 8, "size": 33, "lr": 0.02},
+        train={
+            "epochs": int(options.get("epochs", 7)),
+            "batch_size": 8,
+            "size": 33,
+            "lr": 0.02,
+            "accumulate": int(options.get("accumulate", 1)),
+        },
         method={"dropout": 0.0, "pool_threshold": 0.2, "ramp_epochs": 2.0},
         eval={"mask_images": 8},
-        run={"resume": options.get("resume", "none"), "checkpoint_every": 5},
+        run={
+            "resume": options.get("resume", "none"),
+            "checkpoint_every": 5,
+            "rank_timeout": float(options.get("patience", 600)),
+        },
     )
+    setup_logging()
     trainer = Trainer(config)
     trainer.update.dtype = torch.float32  # no autocast
     step = trainer._train_step
-    marker = Path(folder) / "killed"
+    marker = Path(folder) / "disturbed"
+    last = distributed.rank() == distributed.world_size() - 1
+    signals = {"killed_at": signal.SIGKILL, "stopped_at": signal.SIGSTOP, "asked_at": signal.SIGTERM}
 
     def step_or_die(batch):
-        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if trainer.step == int(options.get("killed_at", -1)) and rank == ranks - 1 and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        for name in options if last and not marker.exists() else ():
+            if name.endswith("_at") and trainer.step == int(options[name]):
+                marker.touch()
+                if name == "nan_at":
+                    batch.images[0, 0, 5, 5] = torch.nan
+                elif name == "asleep_at":
+                    time.sleep(3600)
+                else:
+                    os.kill(os.getpid(), signals[name])
+        if "order" in options:
+            order = [int(place) for place in options["order"].split(",")]
+            fields = (getattr(batch, name) for name in Batch.__slots__)
+            batch = Batch(*(field if field is None else field[order] for field in fields))
         return step(batch)
 
     trainer._train_step = step_or_die

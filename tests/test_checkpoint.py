@@ -25,8 +25,14 @@ def network() -> nn.Module:
     return module.to(memory_format=torch.channels_last)
 
 
-def optimizer_of(module: nn.Module) -> torch.optim.SGD:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True)
+def fresh_optimizer(module: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+
+def optimizer_of(module: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
+    optimizer = fresh_optimizer(module, kind)
     module(torch.randn(2, 3, 5, 5)).square().sum().backward()
     optimizer.step()
     return optimizer
@@ -46,24 +52,37 @@ def save(folder, parts, step, *, keep=2, **state):
     )  # fmt: skip
 
 
-def test_what_was_saved_comes_back(tmp_path, parts):
-    module, optimizer = parts
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_what_was_saved_comes_back(tmp_path, kind):
+    module = network()
+    optimizer = optimizer_of(module, kind)
     random_state = torch.get_rng_state()
-    path = save(tmp_path, parts, 7, seconds=1.5)
+    path = save(tmp_path, (module, optimizer), 7, seconds=1.5)
     fresh = network()
     for parameter in fresh.parameters():
         nn.init.zeros_(parameter)
-    theirs = torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9, fused=True)
+    theirs = fresh_optimizer(fresh, kind)
     assert load_checkpoint(path, model=fresh, optimizer=theirs) == {"step": 7, "seconds": 1.5}
     for name, tensor in module.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], tensor), name
     for ours, other in zip(module.parameters(), fresh.parameters(), strict=True):
-        mine, read = optimizer.state[ours]["momentum_buffer"], theirs.state[other]["momentum_buffer"]
-        assert torch.equal(mine, read)
-        assert mine.stride() == read.stride() == other.stride()
+        assert optimizer.state[ours].keys() == theirs.state[other].keys()
+        for name, mine in optimizer.state[ours].items():
+            read = theirs.state[other][name]
+            assert torch.equal(mine, read)
+            assert mine.stride() == read.stride()
+            assert read.dim() == 0 or read.stride() == other.stride()
     assert torch.equal(load_random_state(path, 0), random_state)
     assert load_random_state(path, 1).tolist() == [0, 1, 2, 3, 4]
     assert load_random_state(path, 2) is None
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, saved, loaded):
+    module = network()
+    path = save(tmp_path, (module, optimizer_of(module, saved)), 7)
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors does not fit this optimizer, (AdamW|SGD): its 0\."):
+        load_checkpoint(path, model=module, optimizer=fresh_optimizer(module, loaded))
 
 
 def test_the_newest_stay_and_the_best(tmp_path, parts):
@@ -146,6 +165,13 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, parts, monkey
         save(tmp_path, parts, 2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_folder_that_vanished_does_not_come_back(tmp_path, parts):
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(OSError, match=r"step 1 could not be written .*No such file.* there is no checkpoint yet"):
+        save(folder, parts, 1)
+    assert not folder.exists()
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path, parts):

@@ -264,9 +264,19 @@ def test_masks_of_class_folders_are_found_by_path_id_or_unique_name(tmp_path):
     assert values == {"cat__1": 1, "cat__2": 2, "dog__1": None, "dog__3": 3, "dog__4": None}
 
 
-def test_two_files_of_one_stem_are_refused(tmp_path):
-    make_table(tmp_path, {"a.jpg": "cat", "a.png": "cat"})
-    with pytest.raises(ValueError, match="several images of the id 'a'"):
+def test_two_files_of_one_stem_have_their_endings_in_their_ids(tmp_path):
+    make_table(tmp_path, {"a.jpg": "cat", "a.png": "dog", "b.png": "cat"}, masks=False)
+    splits = Folder.splits(tmp_path, 0.5)
+    found = {d.ids[i]: tags_of(d, i) for d in (splits.train, splits.val) for i in range(len(d))}
+    assert found == {"a.jpg": {"cat"}, "a.png": {"dog"}, "b": {"cat"}}
+    (tmp_path / "tags.csv").write_text("image,tags\na,cat\nb,cat\n")
+    with pytest.raises(ValueError, match=r"line 2: 'a' may be a.jpg or a.png: write the whole path, with its ending"):
+        Folder.splits(tmp_path, 0.5)
+
+
+def test_two_images_that_would_have_one_id_are_refused(tmp_path):
+    make_table(tmp_path, {"a/b.jpg": "cat", "a__b.jpg": "cat"}, masks=False)
+    with pytest.raises(ValueError, match=r"several images of the id 'a__b.jpg', .*a/b.jpg and .*a__b.jpg: rename all"):
         Folder.splits(tmp_path, 0.5)
 
 

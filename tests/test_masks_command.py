@@ -367,7 +367,7 @@ def test_a_damaged_summary_costs_no_masks(run, tmp_path, content):
     assert json.loads((copy / "masks" / "masks.json").read_text())["ground_truth_used"] is False
 
 
-@pytest.mark.parametrize(("content", "message"), [("[]", "must hold a dict, got a list"), ("{", "cannot be read")])
+@pytest.mark.parametrize(("content", "message"), [("[]", "must hold a dict, got a list"), ("{", "is not JSON")])
 def test_a_document_of_a_run_names_its_file(tmp_path, content, message):
     path = tmp_path / "summary.json"
     assert read_document(path, dict) == {}

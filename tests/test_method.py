@@ -248,7 +248,7 @@ def test_padded_pixels_count_nowhere():
     valid = batch.valid.clone()
     valid[:, :, SIZE // 2 :] = False
     prediction = model(batch.images)
-    masks = objective.masks(prediction, None, batch.tags, batch.saliency, valid[:, ::4, ::4]).named()
+    masks = objective.masks(prediction, None, batch.tags, batch.saliency, valid[:, ::4, ::4], batch.images).named()
     for mask in masks.values():
         assert (mask[:, :, 5:] == IGNORE).all()
         assert (mask[:, :, :4] != IGNORE).any()
@@ -282,7 +282,7 @@ def test_context_head_classification_makes_the_mask_from_the_heatmap():
     batch = make_batch()
     prediction = model(batch.images)
     augmented = model.read(prediction, batch.tags)
-    masks = objective.masks(prediction, augmented, batch.tags, batch.saliency, None)
+    masks = objective.masks(prediction, augmented, batch.tags, batch.saliency, None, batch.images)
     method = objective.method
     cam = cam_mask(
         augmented.heatmap, batch.tags, batch.saliency, threshold=method.cam_threshold, rules=method.cam_background,

@@ -31,9 +31,10 @@ def poisoned(folder, steps, *, value=float("nan"), **groups):
 
 
 def state(trainer):
-    """Weights, statistics, bank and momentum."""
-    momentum = {str(i): entry["momentum_buffer"] for i, entry in enumerate(trainer.optimizer.state.values())}
-    return {name: tensor.clone() for name, tensor in (trainer.model.state_dict() | momentum).items()}
+    """Weights, statistics, bank and what the optimizer keeps."""
+    entries = enumerate(trainer.optimizer.state.values())
+    kept = {f"{place}.{name}": value for place, entry in entries for name, value in entry.items()}
+    return {name: tensor.clone() for name, tensor in (trainer.model.state_dict() | kept).items()}
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,9 @@ def state(trainer):
         {},
         {"train": {"epochs": 2, "precision": "fp16"}},
         {"train": {"epochs": 2, "accumulate": 2, "clip_grad": 1.0}},
+        {"train": {"epochs": 2, "optimizer": "adamw", "lr": 1e-3}},
     ],
-    ids=["fp32", "fp16 with a scaler", "accumulated and clipped"],
+    ids=["fp32", "fp16 with a scaler", "accumulated and clipped", "adamw"],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_update_is_skipped_whole(tmp_path, groups, value, caplog):
@@ -79,9 +81,34 @@ def test_the_batch_is_kept_with_its_images_names(tmp_path, caplog):
     assert facts["images"][0] in caplog.text
 
 
+def test_a_batch_that_cannot_be_kept_ends_no_run(tmp_path, caplog):
+    trainer, _ = poisoned(tmp_path / "run", {3})
+    (tmp_path / "run" / "nonfinite").parent.mkdir()
+    (tmp_path / "run" / "nonfinite").touch()
+    trainer.fit()
+    assert "nonfinite was not written (File exists): the run goes on without it" in caplog.text
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_overflows_of_fp16_have_more_patience_than_what_is_wrong(tmp_path):
+    """While the loss is finite, the scale may fall from 2¹⁶ to 1 first; nothing is kept of such updates."""
+    guard = Trainer(short(tmp_path / "run", train={"precision": "fp16", "max_nonfinite": 2})).guard
+    guard.folder.parent.mkdir()
+    overflow = {"skipped": 1.0, "loss/total": 1.0, "grad_norm": float("inf")}
+    for step in range(1, 18):
+        guard.check(step, overflow)
+    assert not guard.folder.exists()
+    with pytest.raises(ValueError, match="These are 18 in a row"):
+        guard.check(18, overflow)
+    guard.check(19, overflow | {"skipped": 0.0})
+    guard.check(20, overflow | {"loss/total": float("nan")})
+    with pytest.raises(ValueError, match="These are 2 in a row"):
+        guard.check(21, overflow | {"loss/total": float("nan")})
+
+
 def test_too_many_in_a_row_end_the_run_and_leave_it_whole(tmp_path):
     trainer, states = poisoned(tmp_path / "run", {3, 4, 5, 6}, train={"epochs": 2, "max_nonfinite": 3})
-    with pytest.raises(ValueError, match=r"step 5: .*loss/total.*; images .*3th in a row \(--train\.max-nonfinite\)"):
+    with pytest.raises(ValueError, match=r"step 5: .*loss/total.*; images .*3 in a row \(--train\.max-nonfinite\)"):
         trainer.fit()
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")
     assert path.name == "step-00000004"

@@ -15,6 +15,7 @@ from PIL import Image
 
 import mcic
 from mcic import tiles
+from mcic.areas import AreaTable
 from mcic.checkpoint import save_network
 from mcic.cli import run
 from mcic.cli.predict import main
@@ -22,7 +23,7 @@ from mcic.data.images import normalize, read_mask
 from mcic.data.palette import voc_palette
 from mcic.inference import dense_protocol
 from mcic.model import NetworkSpec, SegmentationNetwork
-from mcic.predictions import _Table, find_images, predict_files
+from mcic.predictions import find_images, predict_files
 from mcic.segmentation import Segmentation
 from mcic.tiles import enlarged, spans, tiled_protocol
 
@@ -420,7 +421,7 @@ def test_rows_that_do_not_make_up_an_image_are_dropped(tmp_path):
     head = "image,name,width,height,class,pixels,percent,mean_confidence,made_with\n"
     rows = ["/a,a,2,3,cat,5,1,1,0", "/b,b,2,3,background,4,1,1,0", "/b,b,2,3,dog,2,1,1,0", "/b,b,2,3,dog,6,1,1,0"]
     table.write_text(head + "\n".join(rows) + "\n")
-    rows = _Table(table).rows
+    rows = AreaTable(tmp_path).rows
     assert rows.keys() == {"/b"}
     assert [row["class"] for row in rows["/b"]] == ["dog"]  # predicted again
 

@@ -339,13 +339,13 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("summary.json", "{", r"summary\.json cannot be read"),
+        ("summary.json", "{", r"summary\.json is not JSON"),
         ("summary.json", "[]", r"must hold a dict, got a list"),
-        ("config.yaml", "a: [", r"config\.yaml cannot be read"),
-        ("metrics.jsonl", '{"step": 1}\noops\n', r"line 2, is not JSON"),
+        ("config.yaml", "a: [", r"config\.yaml is not YAML"),
+        ("metrics.jsonl", '{"step": 1}\noops\n', r"line 2 is not JSON"),
         ("metrics.jsonl", "3\n", r"line 1: expected an object, got int"),
-        ("previews/final/000-image.png", "no picture", r"000-image\.png is no readable picture"),
-        ("previews/final/readings.json", "{", r"readings\.json cannot be read"),
+        ("previews/final/000-image.png", "no picture", r"cannot read the picture .*000-image\.png"),
+        ("previews/final/readings.json", "{", r"readings\.json is not JSON"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):

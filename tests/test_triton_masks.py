@@ -344,7 +344,9 @@ def test_objective(device, method_rules, head, context):
     )
     method = dataclasses.replace(method, masks=("cam", "merged")).resolved()
     ours, theirs = (
-        Objective(method, backend=backend).masks(prediction, augmented, case["tags"], case["saliency"], None)
+        Objective(method, backend=backend).masks(
+            prediction, augmented, case["tags"], case["saliency"], None, images=None
+        )
         for backend in ("triton", "reference")
     )
     assert ours.stacked.shape[0] == (1 if context == "none" else 3)

@@ -15,14 +15,15 @@ from mcic.cli.parse import parse
 class PredictArgs:
     """Segment images with a trained network.
 
-    Writes labels/ (index PNGs), overlays/ and areas.csv. A call that was interrupted goes on where it stopped. Exit
+    Writes labels/ (index PNGs), overlays/ and areas.csv. A call that was interrupted goes on where it stopped. Several
+    processes share the work: torchrun --nproc-per-node N --no-python mcic predict MODEL IMAGES --out DIR. Exit
     status: 0; 1 if an image was passed over because it cannot be read; 2 if there is nothing to show.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
     """a run folder, or one that mcic export wrote"""
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """files, folders (with their sub-folders), patterns such as 'photos/**/*.jpg'"""
+    """files, folders (with their sub-folders), patterns such as 'photos/**/*.jpg', tars such as 'shards/*.tar'"""
     out: Path
     """folder for the results"""
     tags: str | None = None
@@ -50,9 +51,10 @@ def main(argv: list[str]) -> int:
     args = parse(PredictArgs, argv, command="predict")
     if not args.images:
         raise ValueError("mcic predict MODEL IMAGES --out DIR: no image was given")
+    from mcic import distributed
     from mcic.log import print_table, setup_logging
     from mcic.predict import load
-    from mcic.predictions import find_images, predict_files, tags_of_images
+    from mcic.predictions import TIMEOUT, find_images, predict_files, tags_of_images
 
     setup_logging()
     images = find_images(args.images, out=args.out)
@@ -64,10 +66,15 @@ def main(argv: list[str]) -> int:
         args.model, device=args.device, precision=args.precision, protocol=args.protocol, tile=args.tile,
         long_side=args.long_side,
     )  # fmt: skip
+    distributed.initialize(predictor.device, TIMEOUT)
     outcome = predict_files(
         predictor, images, args.out, tags=tags, overlays=args.overlays, confidence=args.confidence,
         overwrite=args.overwrite,
     )  # fmt: skip
+    leads = distributed.rank() == 0
+    distributed.finish()
+    if not leads:
+        return 0  # the first rank says how it went: torchrun ends the others as soon as one fails
     rows = [("predicted", str(outcome.predicted), "images")]
     if outcome.kept:
         rows.append(("there already", str(outcome.kept), "--overwrite predicts them again"))

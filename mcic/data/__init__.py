@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mcic.config import DataConfig
-from mcic.data import coco, folder, voc
+from mcic.data import coco, folder, shards, voc
 from mcic.data.base import IGNORE, Batch, Dataset, Splits
+from mcic.data.dropped import write_quarantine
 from mcic.data.loader import EvalItem, TrainLoader, default_workers, eval_items
 from mcic.data.saliency import SaliencySource, build_saliency
 from mcic.data.targets import GroundTruth, SavedMasks, Targets
@@ -26,6 +27,7 @@ __all__ = [
     "build_saliency",
     "default_workers",
     "eval_items",
+    "write_quarantine",
 ]
 
 SHAPES_TRAIN, SHAPES_VAL = 1200, 200
@@ -63,10 +65,17 @@ def _read(config: DataConfig) -> Splits:
     layout = {"voc12": voc.LAYOUT, "coco14": coco.LAYOUT, "folder": folder.LAYOUT}[config.name]
     if config.root is None:
         raise ValueError(f"{config.name} needs --data.root: {layout}")
+    if config.name == "folder" and shards.names_shards(config.root):
+        return shards.Shards.splits(
+            config.root, val_root=config.val_root, val_share=config.val_share, max_bad_share=config.max_bad_share,
+            folder=shards.store_folder(config.cache), limit=round(config.shard_cache * 2**30),
+        )  # fmt: skip
     if not Path(config.root).expanduser().is_dir():
         raise ValueError(f"--data.root {config.root} is no folder: expected {layout}")
     if config.name == "voc12":
-        return Splits(voc.VOC12(config.root, "train"), voc.VOC12(config.root, "val"))
+        return Splits(*(voc.VOC12(config.root, part, follow_links=config.follow_links) for part in ("train", "val")))
     if config.name == "coco14":
-        return Splits(coco.COCO14(config.root, "train"), coco.COCO14(config.root, "val"))
-    return folder.Folder.splits(config.root, config.val_share)
+        return Splits(*(coco.COCO14(config.root, part, follow_links=config.follow_links) for part in ("train", "val")))
+    return folder.Folder.splits(
+        config.root, config.val_share, max_bad_share=config.max_bad_share, follow_links=config.follow_links
+    )

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mcic.data.dropped import Dropped
+from mcic.pictures import opened
+
 IGNORE = 255
 
 
@@ -27,6 +30,7 @@ class Dataset(ABC):
         ids: one unique, file-name-like string per image.
         tags: bool [len(self), L].
         long_side: loaders reduce larger images, their masks with them, to it; 0: none.
+        dropped: what was left out of this split and the other; nothing where a broken file refuses the data set.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Dataset(ABC):
     ids: list[str]
     tags: np.ndarray
     long_side: int = 0
+    dropped: tuple[Dropped, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,6 +55,30 @@ class Dataset(ABC):
     def path(self, index: int) -> Path | None:
         """The image's file, or None where it has none."""
         return None
+
+    def saliency(self, index: int) -> np.ndarray | None:
+        """f32 [h, w] in 0…1, 1 salient: the map that came with the image, or None where none did."""
+        return None
+
+    def size(self, index: int) -> tuple[int, ...]:
+        """Both sides of an image in pixels, in any order: from the header of its file where it has one."""
+        path = self.path(index)
+        if path is None:
+            return self.image(index).shape[:2]
+        with opened(path, "image") as image:
+            return image.size
+
+    @property
+    def stored(self) -> bool:
+        """Whether images are read from somewhere, so that loader processes and kept saliency maps save time."""
+        return len(self) > 0 and self.path(0) is not None
+
+    def shuffled(self, random: np.random.Generator) -> np.ndarray:
+        """An order for an epoch, int64 [len(self)], each image once, drawn from `random`."""
+        return random.permutation(len(self))
+
+    def will_read(self, indices: np.ndarray) -> None:  # noqa: B027
+        """A hint: these images are wanted next, in this order."""
 
     def subset(self, count: int | None) -> None:
         """Keep only `count` images, evenly spread over the set (all when None)."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from mcic.data.base import IGNORE, Dataset
+from mcic.data.fence import Fence
 from mcic.data.images import read_image
-from mcic.data.names import check_classes, tag_matrix
+from mcic.data.names import check_classes, is_text, tag_matrix
 from mcic.data.palette import voc_palette
+from mcic.data.tags import image_name
+from mcic.untrusted import read_json, shown
 
 LAYOUT = "a folder with annotations/instances_{train,val}2014.json and the images in train2014/ and val2014/"
 
@@ -24,14 +29,16 @@ class COCO14(Dataset):
     instance lies on them.
     """
 
-    def __init__(self, root: str | Path, split: Literal["train", "val"]) -> None:
+    def __init__(self, root: str | Path, split: Literal["train", "val"], *, follow_links: bool = False) -> None:
         """
         Args:
             root: the folder with `annotations/` and the image folders.
             split: train or val.
+            follow_links: whether links may lead out of `root`.
 
         Raises:
-            ValueError: a part of the layout is missing, or the JSON does not hold COCO instances.
+            ValueError: a part of the layout is missing, the JSON does not hold COCO instances, or an image is missing,
+                empty or a link that may not be followed. No image is opened.
         """
         self.name = "coco14"
         self.root = Path(root).expanduser()
@@ -40,10 +47,13 @@ class COCO14(Dataset):
         if not annotations.is_file() or not self._images.is_dir():
             missing = self._images.name + "/" if annotations.is_file() else annotations.relative_to(self.root)
             raise ValueError(f"--data.root has no {missing}: expected {LAYOUT}, got {self.root}")
+        fence = Fence.around(root, follow_links=follow_links)
+        content = read_json(fence.require(annotations))
         try:
-            self._index(json.loads(annotations.read_bytes()), keep_empty=split == "val", source=annotations)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{annotations} does not hold COCO instances: {error!r}") from error
+            self._index(content, keep_empty=split == "val", source=annotations)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{annotations} does not hold COCO instances: {shown(repr(error))}") from error
+        fence.require_files(fence.require(self._images), self._files, "images")
         self.palette = voc_palette(len(self.classes) + 1)
 
     def image(self, index: int) -> np.ndarray:
@@ -51,7 +61,10 @@ class COCO14(Dataset):
 
     def mask(self, index: int) -> np.ndarray:
         shapes = json.loads(self._shapes[self._starts[index] : self._stops[index]].tobytes())
-        return _drawn(shapes, *self._sizes[index].tolist())
+        try:
+            return _drawn(shapes, *self._sizes[index].tolist())
+        except ValueError as error:
+            raise ValueError(f"the annotations of image {self.path(index)} cannot be drawn: {error}") from error
 
     def path(self, index: int) -> Path:
         return self._images / self._files[index]
@@ -62,13 +75,23 @@ class COCO14(Dataset):
         places = {category["id"]: place for place, category in enumerate(categories)}
         objects: dict[int, list[list[Any]]] = {image["id"]: [] for image in content["images"]}
         for entry in content["annotations"]:
-            shape = [places[entry["category_id"]], entry.get("iscrowd", 0), entry["area"], entry["segmentation"]]
-            objects[entry["image_id"]].append(shape)
+            area, crowd = entry["area"], entry.get("iscrowd", 0)
+            if not isinstance(area, int | float) or not 0 <= area < math.inf or crowd not in (0, 1):
+                got = f"area {shown(repr(area))} and iscrowd {shown(repr(crowd))}"
+                raise ValueError(f"{source}: an annotation has {got}: expected a number and 0 or 1")
+            objects[entry["image_id"]].append([places[entry["category_id"]], crowd, area, entry["segmentation"]])
         images = [image for image in content["images"] if keep_empty or objects[image["id"]]]
+        for image in images:
+            image_name(image["file_name"], f"{source}, image {shown(str(image['id']))}")
         images.sort(key=lambda image: image["file_name"])
         self._files = [image["file_name"] for image in images]
         self.ids = [Path(name).stem for name in self._files]
-        self._sizes = np.array([(image["height"], image["width"]) for image in images]).reshape(-1, 2)
+        if wrong := [name for name, count in Counter(self.ids).items() if count > 1 or not is_text(name)]:
+            raise ValueError(f"{source} has several images of the name {shown(wrong[0])!r}, or it is no text")
+        sizes = [(image["height"], image["width"]) for image in images]
+        if wrong := [size for size in sizes if not all(type(side) is int and 0 < side < 2**16 for side in size)]:
+            raise ValueError(f"{source} has an image of height and width {shown(str(wrong[0]))}: expected pixels")
+        self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
         self.tags = tag_matrix([{shape[0] for shape in objects[image["id"]]} for image in images], len(self.classes))
         self._store([json.dumps(objects[image["id"]]).encode() for image in images])
 
@@ -85,19 +108,52 @@ class COCO14(Dataset):
 
 
 def _drawn(shapes: list[list[Any]], height: int, width: int) -> np.ndarray:
-    """uint8 [height, width] of instances (class index, is crowd, area, polygons or RLE)."""
+    """uint8 [height, width] of instances (class index, is crowd, area, polygons or RLE); raises ValueError."""
+    mask = np.zeros((height, width), np.uint8)
+    for place, crowd, _, segmentation in sorted(shapes, key=lambda shape: (-shape[1], -shape[2])):
+        if isinstance(segmentation, list):
+            inside = _filled(segmentation, height, width)
+        else:
+            runs = np.array(_runs(segmentation, height * width))
+            inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+        mask[inside] = IGNORE if crowd else place + 1
+    return mask
+
+
+def _filled(polygons: list[Any], height: int, width: int) -> np.ndarray:
+    """bool [height, width] of polygons [x, y, x, y, …]."""
     try:
         from pycocotools import mask as rle
     except ImportError as error:
         raise ValueError("masks of COCO need pycocotools: pip install pycocotools") from error
-    mask = np.zeros((height, width), np.uint8)
-    for place, crowd, _, segmentation in sorted(shapes, key=lambda shape: (-shape[1], -shape[2])):
-        if isinstance(segmentation, list):
-            encoded = rle.merge(rle.frPyObjects(segmentation, height, width)) if segmentation else None
-        elif isinstance(segmentation["counts"], list):
-            encoded = rle.frPyObjects(segmentation, height, width)
-        else:
-            encoded = segmentation
-        if encoded is not None:
-            mask[rle.decode(encoded) > 0] = IGNORE if crowd else place + 1
-    return mask
+    if not polygons:
+        return np.zeros((height, width), bool)
+    reach = 2 * max(height, width)  # pycocotools takes memory for every pixel of a line, however far it leads
+    for polygon in polygons:
+        sides = polygon if isinstance(polygon, list) else []
+        if len(sides) < 6 or len(sides) % 2 or not all(type(x) in (int, float) and -reach <= x <= reach for x in sides):
+            raise ValueError(f"a polygon is {shown(str(polygon))}: expected x, y, … of three corners or more")
+    return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))) > 0
+
+
+def _runs(region: Any, num_pixels: int) -> list[int]:
+    """The run lengths of an RLE, column by column, the first of what is outside: a list, or COCO's text.
+
+    The text has 5 bits a character, the lowest first; from the fourth run on they are the difference to the last but
+    one. Nobody else checks that the runs fit the image.
+    """
+    runs = region.get("counts") if isinstance(region, dict) else None
+    if isinstance(runs, str):
+        runs, value, shift = [], 0, 0
+        for code in (ord(letter) - 48 for letter in region["counts"]):
+            value |= (code & 31) << shift
+            shift += 5
+            if not 0 <= code < 64 or shift > 60:
+                raise ValueError("an RLE is not in COCO's alphabet")
+            if not code & 32:
+                value -= (code & 16) << (shift - 4)
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != num_pixels:
+        raise ValueError(f"an RLE does not cover the image's {num_pixels} pixels: {shown(str(region))}")
+    return runs

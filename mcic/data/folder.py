@@ -13,12 +13,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mcic.data.base import Dataset, Splits
-from mcic.data.images import read_image, read_mask, readable_suffixes
-from mcic.data.names import check_classes, tag_matrix
+from mcic.data.dropped import Dropped, describe, require_few
+from mcic.data.fence import Fence
+from mcic.data.images import read_image, read_mask
+from mcic.data.names import check_classes, is_text, tag_matrix
 from mcic.data.palette import voc_palette
-from mcic.data.photos import Dropped, Photo, describe, readable
-from mcic.data.tags import Row, find_tables, key_of, nfc, read_table, read_text
+from mcic.data.photos import Photo, readable
+from mcic.data.tags import Row, find_tables, key_of, nfc, read_table, spelt
+from mcic.pictures import readable_suffixes
 from mcic.suggest import nearest
+from mcic.untrusted import read_text, shown
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ LAYOUT = (
 IMAGE_FOLDERS = ("images", "Images", "JPEGImages")
 VAL_FOLDERS = ("val", "valid", "validation")
 
-_NO_CLASSES = {*IMAGE_FOLDERS, "masks", "annotations", "Annotations"}
+_NO_CLASSES = {*IMAGE_FOLDERS, "masks", "annotations", "Annotations", "lost+found"}
 _NO_IMAGES = {".csv", ".tsv", ".json", ".jsonl", ".xml", ".txt", ".md", ".ini", ".db", ".yaml", ".yml", ".html"}
 """endings of files that nobody takes for a photograph"""
 
@@ -64,6 +68,7 @@ class Folder(Dataset):
     def __init__(self, photos: Sequence[Photo], contents: Contents, *, name: str) -> None:
         self.name = name
         self.contents = contents
+        self.dropped = contents.dropped
         self.classes = contents.classes
         self.palette = voc_palette(len(self.classes) + 1)
         self.photos = list(photos)
@@ -86,37 +91,43 @@ class Folder(Dataset):
         self.photos = [self.photos[i] for i in indices]
 
     @classmethod
-    def splits(cls, root: str | Path, val_share: float) -> Splits:
+    def splits(
+        cls, root: str | Path, val_share: float, *, max_bad_share: float = 1.0, follow_links: bool = False
+    ) -> Splits:
         """Both splits of a folder; what is left out is said in one warning. See `read_folder`."""
-        contents = read_folder(root, val_share)
+        contents = read_folder(root, val_share, max_bad_share=max_bad_share, follow_links=follow_links)
         name = Path(root).expanduser().resolve().name
         if said := describe(contents.dropped):
             log.warning("%s: %s left out; mcic doctor says more", root, said)
         return Splits(cls(contents.train, contents, name=name), cls(contents.val, contents, name=name))
 
 
-def read_folder(root: str | Path, val_share: float) -> Contents:
+def read_folder(
+    root: str | Path, val_share: float, *, max_bad_share: float = 1.0, follow_links: bool = False
+) -> Contents:
     """Read a folder in any of the layouts that `LAYOUT` names, and every file in it that a run would read.
 
     Classes are the lines of `classes.txt`, in the root or in `train/`: line i, from 1, is mask value i. Without
     that file they are the tags in alphabetical order. Masks, for evaluation only, are `masks/<id>.png`, or lie
     below `masks/` as the images below `images/`. An image whose tags are empty shows none of the classes.
-    What cannot be used is left out: see `mcic.data.photos.DROPPED`.
+    What cannot be used is left out: see `mcic.data.dropped.DROPPED`. Links may lead out of the folder if
+    `follow_links`; otherwise such images are left out, and such folders and tables refused.
 
     Without `val/` about `val_share` (0…1) of the images is held out. Each image's id decides, so that an image
     stays on its side when others are added.
 
     Raises:
-        ValueError: the layout is not as expected, a table of tags cannot be read, a tag is not in `classes.txt`, or a
-            mask holds values that are no class.
+        ValueError: the layout is not as expected, a table of tags cannot be read, a tag is not in `classes.txt`, a
+            mask holds values that are no class, or more than `max_bad_share` (0…1) of the images cannot be used.
     """
-    root = Path(root).expanduser().resolve()
-    train_root = root / "train" if _has_parts(root) else root
+    fence = Fence.around(root, follow_links=follow_links)
+    root = fence.root
+    train_root = root / "train" if _has_parts(root, fence) else root
     val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
     parts = [train_root] if train_root == root or val_root is None else [train_root, val_root]
-    found = [_read_part(part) for part in parts]
+    found = [_read_part(fence.require(part), fence) for part in parts]
     every = [photo for photos, _ in found for photo in photos]
-    classes = _classes(every, (root / "classes.txt", train_root / "classes.txt"), root)
+    classes = _classes(every, (root / "classes.txt", train_root / "classes.txt"), fence)
     dropped = [entry for _, losses in found for entry in losses]
     sides = []
     for part, (photos, _) in zip(parts, found, strict=True):
@@ -125,6 +136,7 @@ def read_folder(root: str | Path, val_share: float) -> Contents:
         if not kept:
             raise ValueError(f"no image of {part} can be read: {describe(losses)}")
         sides.append(kept)
+    require_few(dropped, usable=sum(map(len, sides)), share=max_bad_share)
     if len(sides) == 1:
         sides = _held_out(sides[0], val_share, root)
     return Contents(*sides, classes=classes, dropped=tuple(dropped), held_out=len(parts) == 1)
@@ -135,7 +147,11 @@ def _held_out(photos: list[Photo], share: float, root: Path) -> list[list[Photo]
     if len(photos) < 2:
         raise ValueError(f"--data.root has {len(photos)} image: at least one to train and one to hold out are needed, "
                          f"got {root}")  # fmt: skip
-    places = {photo.id: _fraction(photo.id) for photo in photos}
+    # By the name, not by the id: x.jpg and x.png, which mostly are one picture, stay together, unless they are all.
+    names = {photo.id: file_name(photo.name) for photo in photos}
+    if len(set(names.values())) == 1:
+        names = {photo.id: photo.id for photo in photos}
+    places = {image_id: _fraction(name) for image_id, name in names.items()}
     low, *_, high = sorted(places.values())
     border = min(max(share, np.nextafter(low, 1)), high)
     train = [photo for photo in photos if places[photo.id] >= border]
@@ -147,56 +163,74 @@ def _fraction(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(_bytes(text), digest_size=6).digest()) / 2**48
 
 
-def _classes(photos: Iterable[Photo], files: Iterable[Path], root: Path) -> tuple[str, ...]:
+def _classes(photos: Iterable[Photo], files: Iterable[Path], fence: Fence) -> tuple[str, ...]:
     """The lines of the first file that is there, else the tags, of images that turn out to be broken too."""
     file = next((path for path in files if path.is_file()), None)
     if file is None:
-        return check_classes(sorted({tag for photo in photos for tag in photo.tags}), source=root)
-    lines = [nfc(" ".join(line.split())) for line in read_text(file).rstrip().splitlines()]
+        return check_classes(sorted({tag for photo in photos for tag in photo.tags}), source=fence.root)
+    lines = [spelt(line, file) for line in read_text(fence.require(file)).rstrip().splitlines()]
     if "" in lines:
         raise ValueError(f"{file}, line {lines.index('') + 1} is empty: line i names mask value i")
     classes = check_classes(lines, source=file)
     for photo in photos:
         for tag in sorted(photo.tags - set(classes)):
-            raise ValueError(f"image {photo.path} has the tag {tag!r}, which is not in {file}{nearest(tag, classes)}")
+            raise ValueError(
+                f"image {photo.path} has the tag {shown(tag)!r}, which is not in {file}{nearest(tag, classes)}"
+            )
     return classes
 
 
-def _has_parts(root: Path) -> bool:
+def _has_parts(root: Path, fence: Fence) -> bool:
     """Whether `train/` is a part of the data; beside other class folders, holding just images, it is a class."""
     train = root / "train"
     if not train.is_dir() or find_tables(root):
         return False
-    return _has_table(train) or bool(_class_folders(train)[0])
+    return _has_table(train) or bool(_class_folders(train, fence)[0])
 
 
 def _has_table(part: Path) -> bool:
     return bool(find_tables(part)) or any((part / name).is_dir() for name in IMAGE_FOLDERS)
 
 
-def _read_part(part: Path) -> tuple[list[Photo], list[Dropped]]:
+def _read_part(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     """The photos that have tags, with their masks, in the order of their ids; and what was left out."""
-    photos, dropped = _read_tagged(part) if _has_table(part) else _read_class_folders(part)
-    clashing = [name for name, count in Counter(photo.id for photo in photos).items() if count > 1]
-    if clashing:
-        raise ValueError(f"{part} has several images of the id {clashing[0]!r}: rename all but one")
-    photos, stray = _with_masks(sorted(photos, key=lambda photo: photo.id), part / "masks")
+    photos, dropped = _read_tagged(part, fence) if _has_table(part) else _read_class_folders(part, fence)
+    photos = _told_apart(photos, part)
+    photos, stray = _with_masks(sorted(photos, key=lambda photo: photo.id), fence.require(part / "masks"), fence)
     untagged = {Path(entry.name).stem for entry in dropped if entry.kind == "image"}
     return photos, dropped + [entry for entry in stray if Path(entry.name).stem not in untagged]
 
 
-def _read_tagged(part: Path) -> tuple[list[Photo], list[Dropped]]:
+def _told_apart(photos: list[Photo], part: Path) -> list[Photo]:
+    """The photos, with the files' endings in the ids of those that differ in nothing else: x.jpg beside x.png."""
+    shared = {name for name, count in Counter(photo.id for photo in photos).items() if count > 1}
+    photos = [replace(photo, id=file_name(photo.name + photo.path.suffix)) if photo.id in shared else photo
+              for photo in photos]  # fmt: skip
+    by_id: dict[str, Photo] = {}
+    for photo in photos:
+        if (other := by_id.setdefault(photo.id, photo)) is not photo:
+            raise ValueError(f"{part} has several images of the id {shown(photo.id)!r}, {other.path} and {photo.path}: "
+                             "rename all but one")  # fmt: skip
+    return photos
+
+
+def _read_tagged(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     """A table of tags, and images in one of `IMAGE_FOLDERS` or anywhere in `part`; several rows of one image add up."""
-    images = next((part / name for name in IMAGE_FOLDERS if (part / name).is_dir()), part)
+    images = fence.require(next((part / name for name in IMAGE_FOLDERS if (part / name).is_dir()), part))
     table, *unread = find_tables(part) or [None]
-    files, others = _files(images)
+    files, others, dropped = _files(images, fence)
     if table is None or not files:
+        if dropped:
+            raise ValueError(f"no image of {images} can be used: {describe(dropped)}; {dropped[0].reason}")
         raise ValueError(f"--data.root has no {'tags.csv' if files else 'images'}: expected {LAYOUT}, got {part}")
-    paths = {key_of(path.relative_to(images)): path for path in files}
-    tags, lost = _matched(read_table(table), _Names(paths))
+    paths: dict[str, Path] = {}
+    for path in files:
+        if (other := paths.setdefault(key_of(path.relative_to(images)), path)) is not path:
+            raise ValueError(f"{other} and {path} have names that look the same: rename one of them")
+    tags, lost = _matched(read_table(table, fence), _Names(paths))
     if not tags:
         raise ValueError(f"no row of {table} names an image in {images}")
-    dropped = [Dropped("row", name) for name in lost]
+    dropped += [Dropped("row", name) for name in lost]
     dropped += [Dropped("image", str(path)) for key, path in paths.items() if key not in tags]
     dropped += [Dropped("kind", str(path), path.suffix) for path in others]
     dropped += [Dropped("table", str(path), f"{table.name} is read") for path in unread]
@@ -236,7 +270,8 @@ class _Names:
         for rule in self.RULES:
             found = [key for key in alike if rule(row.image, key)]
             if len(found) > 1:
-                raise ValueError(f"{row.where}: {row.image!r} may be {found[0]} or {found[1]}: write the whole path")
+                raise ValueError(f"{row.where}: {shown(row.image)!r} may be {found[0]} or {found[1]}: write the whole "
+                                 "path, with its ending")  # fmt: skip
             if found:
                 return found[0]
         return None
@@ -258,20 +293,20 @@ def _same_end(first: list[str], second: list[str]) -> bool:
     return first[-length:] == second[-length:]
 
 
-def _read_class_folders(part: Path) -> tuple[list[Photo], list[Dropped]]:
+def _read_class_folders(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     """One sub-folder per class; what lies deeper in it counts too.
 
     Files of one name in two of them are different images, unless their content is equal: then it is one image, which
     has both tags.
     """
-    folders, others = _class_folders(part)
+    folders, others = _class_folders(part, fence)
     if {folder.name for folder in folders} <= {"train", "test", *VAL_FOLDERS}:
         raise ValueError(f"--data.root has no images with tags: expected {LAYOUT}, got {part}")
     by_name: dict[str, list[Photo]] = defaultdict(list)
     dropped = [Dropped("folder", str(path)) for path in others]
     for folder in folders:
-        files, others = _files(folder)
-        dropped += [Dropped("kind", str(path), path.suffix) for path in others]
+        files, others, losses = _files(folder, fence)
+        dropped += [*losses, *(Dropped("kind", str(path), path.suffix) for path in others)]
         for path in files:
             photo = _photo(_stem(key_of(path.relative_to(part))), path, {nfc(" ".join(folder.name.split()))})
             alike = by_name[path.name]
@@ -284,16 +319,19 @@ def _read_class_folders(part: Path) -> tuple[list[Photo], list[Dropped]]:
     return [photo for alike in by_name.values() for photo in alike], dropped
 
 
-def _class_folders(part: Path) -> tuple[list[Path], list[Path]]:
+def _class_folders(part: Path, fence: Fence) -> tuple[list[Path], list[Path]]:
     """Sub-folders with images right in them, and those with images only deeper, where a run may have left its own.
 
-    Hidden ones, `images/` and `masks/` are neither.
+    Hidden ones, `images/` and `masks/` are neither. One that is a link out of bounds, or that cannot be opened, is
+    refused: a class must not vanish.
     """
     classes, others = [], []
     for folder in sorted(path for path in part.iterdir() if path.is_dir()):
         if folder.name.startswith((".", "__")) or folder.name in _NO_CLASSES:
             continue
-        images, _ = _files(folder)
+        images, _, losses = _files(fence.require(folder), fence)
+        if any(entry.kind == "closed" and entry.name == str(folder) for entry in losses):
+            raise ValueError(f"{folder} cannot be opened: its name may be a class; allow it, or take it away")
         if any(path.parent == folder for path in images):
             classes.append(folder)
         elif images:
@@ -301,23 +339,23 @@ def _class_folders(part: Path) -> tuple[list[Path], list[Path]]:
     return classes, others
 
 
-def _files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Images at any depth, and files that may be images of a kind that is not read; neither hidden ones nor masks."""
-    images, others = [], []
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder).parts
-        if any(name.startswith((".", "__")) for name in inner) or inner[0] == "masks" or not path.is_file():
-            continue
-        if path.suffix.lower() in readable_suffixes():
-            images.append(path)
-        elif path.suffix.lower() not in _NO_IMAGES:
-            others.append(path)
-    return images, others
+def _files(folder: Path, fence: Fence) -> tuple[list[Path], list[Path], list[Dropped]]:
+    """Images at any depth, files that may be images of a kind that is not read, and what the fence leaves out.
+
+    No hidden ones, and no masks.
+    """
+    found, dropped = fence.files(folder)
+    masks = folder / "masks"
+    found = [path for path in found if not path.is_relative_to(masks)]
+    images = [path for path in found if path.suffix.lower() in readable_suffixes()]
+    others = [path for path in found if path.suffix.lower() not in readable_suffixes() | _NO_IMAGES]
+    return images, others, [entry for entry in dropped if not Path(entry.name).is_relative_to(masks)]
 
 
-def _with_masks(photos: list[Photo], folder: Path) -> tuple[list[Photo], list[Dropped]]:
+def _with_masks(photos: list[Photo], folder: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     """The photos with their masks: found by path, by id, or by the bare file name where only one photo has it."""
-    files = [path for path in folder.rglob("*") if path.suffix.lower() == ".png"]
+    found, dropped = fence.files(folder) if folder.is_dir() else ([], [])
+    files = [path for path in found if path.suffix.lower() == ".png"]
     masks = {_stem(key_of(path.relative_to(folder))): path for path in files}
     bare = Counter(PurePosixPath(photo.name).name for photo in photos)
 
@@ -327,19 +365,20 @@ def _with_masks(photos: list[Photo], folder: Path) -> tuple[list[Photo], list[Dr
 
     photos = [replace(photo, mask=mask(photo)) for photo in photos]
     stray = sorted(set(files) - {photo.mask for photo in photos})
-    return photos, [Dropped("stray", str(path)) for path in stray]
+    losses = [Dropped("mask", entry.name, entry.reason) for entry in dropped]
+    return photos, [*losses, *(Dropped("stray", str(path)) for path in stray)]
 
 
 def _photo(name: str, path: Path, tags: Iterable[str]) -> Photo:
-    return Photo(_id(name), name, path, frozenset(tags))
+    return Photo(file_name(name), name, path, frozenset(tags))
 
 
-def _id(name: str) -> str:
-    """The name as that of one file, of at most 200 bytes so that an ending fits behind it."""
+def file_name(name: str) -> str:
+    """The name as that of one file: of at most 200 bytes, so that an ending fits behind it, and text in UTF-8."""
     flat = name.replace("/", "__")
-    if len(_bytes(flat)) <= 200:
+    if len(_bytes(flat)) <= 200 and is_text(flat):
         return flat
-    start = _bytes(flat)[:180].decode(errors="ignore")
+    start = "".join(filter(is_text, _bytes(flat)[:180].decode(errors="ignore")))
     return f"{start}-{hashlib.blake2b(_bytes(name), digest_size=6).hexdigest()}"
 
 

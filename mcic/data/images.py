@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mcic.pictures import opened
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-"""what Pillow raises for a file that it cannot read"""
-
 _ORIENTATION = 0x0112  # EXIF: 1 upright, 2…4 mirrored or upside down, 5…8 lying
+
+_LARGE, _LARGE_PIXELS = threading.Lock(), 2**24
+"""images that decode to more are probed one at a time: a folder of bombs must not fill the memory"""
 
 _GREY_16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _PACKED_GREY = {"L;2": 85, "L;4": 17}
 """PNGs of 2 and 4 bits a pixel, whose values Pillow spreads over 0…255 by these factors"""
 
 
-@contextmanager
-def _opened(path: str | Path, what: str) -> Iterator[Image.Image]:
-    """The file's first frame; whatever goes wrong inside becomes one ValueError that names the file."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except _BROKEN as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
-        raise ValueError(f"cannot read the {what} {path}: {reason}") from error
-
-
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(source: str | Path | BinaryIO) -> np.ndarray:
     """uint8 [H, W, 3] RGB, turned the way a person sees it (EXIF orientation).
 
     Grey, 1-bit and palette images take their displayed colour. Alpha is laid over white. 16-bit grey maps its full
@@ -47,10 +36,10 @@ def read_image(path: str | Path) -> np.ndarray:
     the high byte. CMYK and YCbCr are converted without their colour profile. Of an animation the first frame is read.
 
     Raises:
-        ValueError: the file is missing, broken, too large for Pillow, or of floating-point values, whose range is
-            nowhere stated.
+        ValueError: the file is missing, broken, of more than 178,956,970 pixels, or of floating-point values, whose
+            range is nowhere stated.
     """
-    with _opened(path, "image") as image:
+    with opened(source, "image") as image:
         return np.array(to_rgb(ImageOps.exif_transpose(image)))
 
 
@@ -68,13 +57,13 @@ class ImageFacts:
     oddities: frozenset[str]
 
 
-def probe_image(path: str | Path) -> ImageFacts:
+def probe_image(source: str | Path | BinaryIO) -> ImageFacts:
     """Read a file as `read_image` does, a JPEG at an eighth of its size: many times faster, and it fails the same.
 
     Raises:
         ValueError: as `read_image`.
     """
-    with _opened(path, "image") as image:
+    with opened(source, "image") as image:
         width, height = image.size
         turned = image.getexif().get(_ORIENTATION, 1)
         transparent = image.has_transparency_data
@@ -83,23 +72,24 @@ def probe_image(path: str | Path) -> ImageFacts:
             "CMYK": image.mode == "CMYK",
             "16-bit": image.mode in _GREY_16 or ";16" in _raw_mode(image),
             "rotated": turned in range(2, 9),
-            "ending": _is_misnamed(Path(path), image.format),
+            "ending": _is_misnamed(Path(str(source)), image.format),
         }
         image.draft("RGB", (1, 1))
-        upright = ImageOps.exif_transpose(image)
-        to_rgb(upright)
-        odd["transparent"] = transparent and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        with _LARGE if image.width * image.height > _LARGE_PIXELS else nullcontext():
+            upright = ImageOps.exif_transpose(image)
+            to_rgb(upright)
+            odd["transparent"] = transparent and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
     size = (width, height) if turned in range(5, 9) else (height, width)
     return ImageFacts(size, frozenset(name for name, is_so in odd.items() if is_so))
 
 
-def read_thumbnail(path: str | Path, side: int) -> np.ndarray:
+def read_thumbnail(source: str | Path | BinaryIO, side: int) -> np.ndarray:
     """uint8 [side, side, 3]: what `read_image` gives, squeezed; a JPEG is not decoded at its full size.
 
     Raises:
         ValueError: as `read_image`.
     """
-    with _opened(path, "image") as image:
+    with opened(source, "image") as image:
         image.draft("RGB", (4 * side, 4 * side))
         return np.array(to_rgb(ImageOps.exif_transpose(image)).resize((side, side), Image.Resampling.BOX))
 
@@ -122,13 +112,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(source: str | Path | BinaryIO) -> np.ndarray:
     """uint8 [H, W] class indices of a palette or grey image; the palette's colours play no part.
 
     Raises:
         ValueError: the file is missing or broken, has colours instead of indices, or a value above 255.
     """
-    with _opened(path, "mask") as image:
+    with opened(source, "mask") as image:
         packed = _PACKED_GREY.get(_raw_mode(image), 1)
         image = ImageOps.exif_transpose(image)
         if image.mode not in ("P", "L", "1", *_GREY_16):
@@ -145,23 +135,17 @@ def _raw_mode(image: Image.Image) -> str:
     return arguments if isinstance(arguments, str) else ""
 
 
-def read_map(path: str | Path) -> np.ndarray:
+def read_map(source: str | Path | BinaryIO) -> np.ndarray:
     """f32 [H, W] in 0…1 of a grey map of 8 or 16 bits, 1 at the top of the range; colours become their luminance.
 
     Raises:
         ValueError: the file is missing or broken.
     """
-    with _opened(path, "saliency map") as image:
+    with opened(source, "saliency map") as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in _GREY_16:
             return (np.asarray(image).astype(np.float32) / 65535).clip(0, 1)
         return np.asarray(image.convert("L")).astype(np.float32) / 255
-
-
-@cache
-def readable_suffixes() -> frozenset[str]:
-    """Lower-case file endings, with the dot, of the formats that Pillow can read."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
 def normalize(image: np.ndarray) -> Tensor:

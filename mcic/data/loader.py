@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from mcic import distributed
 from mcic.data.base import IGNORE, Batch, Dataset
 from mcic.data.images import normalize
 from mcic.data.saliency import SaliencySource
@@ -25,13 +26,16 @@ from mcic.data.transforms import BILINEAR, NEAREST, Augment, reduced
 
 
 def default_workers(requested: int | None, dataset: Dataset) -> int:
-    """Loader processes: as requested, else none for images that have no file, else up to 8, leaving one core free."""
+    """Loader processes of this rank: as requested, else none for images that have no file, else up to 8.
+
+    The ranks of a machine share its cores, and each keeps one for itself.
+    """
     if requested is not None:
         return requested
-    if len(dataset) == 0 or dataset.path(0) is None:
+    if not dataset.stored:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(0, cores - 1))
+    return min(8, max(0, cores // distributed.local_world_size() - 1))
 
 
 class TrainLoader:
@@ -79,7 +83,7 @@ class TrainLoader:
         self.steps = len(dataset) // batch_size
         augment = Augment(size=size, scale=scale, flip=flip, color_jitter=color_jitter, seed=seed)
         share = batch_size // world_size
-        self._order = _Order(len(dataset), self.steps, batch_size, slice(rank * share, (rank + 1) * share), seed)
+        self._order = _Order(dataset, self.steps, batch_size, slice(rank * share, (rank + 1) * share), seed)
         self._dataset = _TrainBatches(_Reader(dataset, saliency, targets), augment)
         self._batches = _loader(self._dataset, self._order, workers)
 
@@ -103,8 +107,8 @@ class TrainLoader:
 class _Order(Sampler[tuple[int, np.ndarray]]):
     """(epoch, this rank's indices) for every step; global batch i is perm[i·B : (i+1)·B]."""
 
-    def __init__(self, num_images: int, steps: int, batch_size: int, share: slice, seed: int) -> None:
-        self.num_images, self.steps, self.batch_size, self.share, self.seed = num_images, steps, batch_size, share, seed
+    def __init__(self, dataset: Dataset, steps: int, batch_size: int, share: slice, seed: int) -> None:
+        self.dataset, self.steps, self.batch_size, self.share, self.seed = dataset, steps, batch_size, share, seed
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -114,6 +118,7 @@ class _Order(Sampler[tuple[int, np.ndarray]]):
         epoch = self.epoch
         permutation = self._permutation(epoch)
         for step in range(self.start, self.steps):
+            self.dataset.will_read(permutation[step * self.batch_size :])
             yield epoch, self._of_step(permutation, step)
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
@@ -122,7 +127,7 @@ class _Order(Sampler[tuple[int, np.ndarray]]):
 
     def _permutation(self, epoch: int) -> np.ndarray:
         # The fourth word keeps this stream apart from those of the images, [seed, epoch, index].
-        return np.random.default_rng([self.seed, epoch, 0, 1]).permutation(self.num_images)
+        return self.dataset.shuffled(np.random.default_rng([self.seed, epoch, 0, 1]))
 
     def _of_step(self, permutation: np.ndarray, step: int) -> np.ndarray:
         return permutation[step * self.batch_size : (step + 1) * self.batch_size][self.share]

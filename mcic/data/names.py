@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from mcic.untrusted import shown
 
 MAX_CLASSES = 254
 """mask values are 8 bit; 0 is background and 255 is ignore"""
@@ -21,8 +24,15 @@ def check_classes(classes: Sequence[str], *, source: object) -> tuple[str, ...]:
                          "images without an object empty")  # fmt: skip
     twice = sorted({name for name in classes if classes.count(name) > 1})
     if twice:
-        raise ValueError(f"{source} names {twice[0]!r} more than once")
+        raise ValueError(f"{source} names {shown(twice[0])!r} more than once")
+    if odd := [name for name in classes if not is_text(name)]:
+        raise ValueError(f"{source} names the class {shown(odd[0])}, which no UTF-8 file can hold as it is: rename it")
     return tuple(classes)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8 without control characters; bytes of a file name that are none are surrogates."""
+    return not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
 
 
 def tag_matrix(tags: Sequence[Iterable[int]], num_classes: int) -> np.ndarray:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcic.data.base import IGNORE
+from mcic.data.dropped import Dropped
 from mcic.data.images import ImageFacts, probe_image, read_mask
 
 THREADS = 8
 """how many files are read at a time; Pillow decodes without Python's lock"""
-
-DROPPED = {
-    "row": "rows without an image",
-    "image": "images without a row",
-    "folder": "folders with images only in their sub-folders",
-    "kind": "files of a kind that is not read",
-    "broken": "images that cannot be read",
-    "mask": "masks that cannot be used",
-    "stray": "masks without an image",
-    "table": "further tables of tags",
-}
-"""kinds of what is left out, in words"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +34,6 @@ class Photo:
     tags: frozenset[str]
     mask: Path | None = None
     facts: ImageFacts | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """Something in the folder that a run does not use.
-
-    Attributes:
-        kind: a key of `DROPPED`.
-        name: a file, or the image that a row names.
-        reason: why, in a few words; "" where the kind says it.
-    """
-
-    kind: str
-    name: str
-    reason: str = ""
 
 
 def readable(photos: Sequence[Photo], *, num_classes: int) -> tuple[list[Photo], list[Dropped]]:
@@ -103,17 +77,6 @@ def _read(photo: Photo, num_classes: int) -> tuple[Photo | None, list[Dropped]]:
             f"0…{num_classes} or {IGNORE} (ignore); classes.txt says which class has which value"
         )
     return photo, []
-
-
-def describe(dropped: Iterable[Dropped]) -> str:
-    """What was left out as the middle of a sentence: counts and the first names of every kind; "" if nothing was."""
-    parts = []
-    entries = list(dropped)
-    for kind, words in DROPPED.items():
-        names = [Path(entry.name).name if kind != "row" else entry.name for entry in entries if entry.kind == kind]
-        if names:
-            parts.append(f"{len(names)} {words} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
-    return " and ".join([", ".join(parts[:-1]), *parts[-1:]] if len(parts) > 1 else parts)
 
 
 def _cause(error: ValueError) -> str:

@@ -49,7 +49,8 @@ def build_saliency(spec: str, *, cache: str | None) -> SaliencySource | None:
     """The source that `--data.saliency` names.
 
     Args:
-        spec: `auto` (geodesic distance to the border), `none`, or a folder of grey maps named by image id.
+        spec: `auto` (the map that came with the image, else geodesic distance to the border), `none`, or a folder of
+            grey maps named by image id.
         cache: folder in which `auto` keeps its maps; the user's cache folder when None.
 
     Raises:
@@ -98,8 +99,11 @@ class GeodesicSaliency:
             self._give_up(error)
 
     def __call__(self, dataset: Dataset, index: int, image: np.ndarray) -> np.ndarray:
+        given = dataset.saliency(index)
+        if given is not None:
+            return _scaled(given, image.shape[:2])
         key = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).hexdigest()
-        kept = self._in_memory(key, image) if dataset.path(index) is None else self._on_disk(key, image)
+        kept = self._on_disk(key, image) if dataset.stored else self._in_memory(key, image)
         return _scaled(kept.astype(np.float32) / 255, image.shape[:2])
 
     def _in_memory(self, key: str, image: np.ndarray) -> np.ndarray:

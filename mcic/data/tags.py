@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from typing import Any
 
 import defusedxml.ElementTree
 from defusedxml import DefusedXmlException
+
+from mcic.data.fence import Fence
+from mcic.untrusted import parse_json, read_json, read_text, require_file, shown
 
 TABLES = (
     "tags.csv", "tags.tsv", "tags.json", "tags.jsonl", "labels.csv", "labels.tsv", "labels.json", "labels.jsonl",
@@ -31,6 +33,8 @@ TAG_KEYS = ("tags", "tag", "labels", "label", "classes", "class", "classname", "
 _NAME_KEYS = ("name", *TAG_KEYS)  # of a tag that is an object
 _WRAPPERS = ("images", "annotations", "data", "items", "samples")
 _COCO_KEYS = {"images", "annotations", "categories"}
+_LONGEST = 4096
+"""characters of a name; composing accents takes time that grows with the square of their number"""
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"", "0", "0.0", "-1", "false", "no"}
 
 
@@ -62,14 +66,24 @@ def find_tables(part: Path) -> list[Path]:
     return list({path.resolve(): path for path in found}.values())  # where case plays no part, a folder comes twice
 
 
-def read_table(path: Path) -> list[Row]:
+def read_table(path: Path, fence: Fence | None = None) -> list[Row]:
     """The rows of a table that `find_tables` found.
 
+    Args:
+        path: the file, or for VOC annotations the folder.
+        fence: what links may lead to; None: anything.
+
     Raises:
-        ValueError: the table does not hold what its kind should, with file and line or entry; or an image's name is
-            absolute or has `..` in it.
+        ValueError: the table does not hold what its kind should, with file and line or entry; an image's name is
+            absolute or has `..` in it; or the table is a link out of bounds.
+        OSError: it cannot be read.
     """
-    return read_voc(path) if path.is_dir() else _READERS[path.suffix](path)
+    fence = fence or Fence.around(path.parent, follow_links=True)
+    fence.require(path)
+    try:
+        return read_voc(path, fence) if path.is_dir() else _READERS[path.suffix](path)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply: {error}") from error
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -83,38 +97,37 @@ def read_csv(path: Path) -> list[Row]:
     delimiter = max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        lines = [(reader.line_num, [nfc(cell.strip()) for cell in cells]) for cells in reader]
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     lines = [(number, cells) for number, cells in lines if any(cells)]
     header = lines[0][1] if lines else []
     image = _column(header, IMAGE_KEYS)
     if image is None or len(header) < 2:
-        raise ValueError(f"{path} must have the header image,tags; its first line is {delimiter.join(header)!r}")
+        raise ValueError(f"{path} must have the header image,tags; its first line is {shown(delimiter.join(header))!r}")
     rows = [(f"{path}, line {number}", _even(cells, len(header), f"{path}, line {number}"))
             for number, cells in lines[1:]]  # fmt: skip
     tags = _column(header, TAG_KEYS)
     if tags is None:
-        return [Row(_image(cells[image], where), _marked(header, cells, image, where), where) for where, cells in rows]
+        return [Row(image_name(cells[image], where), _marked(header, cells, image, where), where)
+                for where, cells in rows]  # fmt: skip
     separator = next((mark for mark in "|;," if any(mark in cells[tags] for _, cells in rows)), "|")
-    return [Row(_image(cells[image], where), _split(cells[tags], separator), where) for where, cells in rows]
+    return [Row(image_name(cells[image], where), _split(cells[tags], separator, where), where)
+            for where, cells in rows]  # fmt: skip
 
 
-def read_json(path: Path) -> list[Row]:
+def read_tags_json(path: Path) -> list[Row]:
     """Rows of a JSON file: COCO instances, an object `{image: tags}`, or a list of objects with an image and tags.
 
     Tags are a list of names, one string with `|` between them, or an object `{name: true or false}`.
     """
-    try:
-        content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    content = read_json(path)
     if isinstance(content, dict) and content.keys() >= _COCO_KEYS:
         return _coco_rows(content, path)
     if isinstance(content, dict):
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), list | dict)), content)
     if isinstance(content, dict):
-        return [_row(name, tags, f"{path}, {name!r}") for name, tags in content.items()]
+        return [_row(name, tags, f"{path}, {shown(name)!r}") for name, tags in content.items()]
     if not isinstance(content, list):
         raise ValueError(f'{path} must hold {{"image": ["tag", …]}} or a list of objects with "image" and "tags", '
                          f"got a {type(content).__name__}")  # fmt: skip
@@ -126,42 +139,57 @@ def read_json_lines(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
-            try:
-                rows.append(_entry_row(json.loads(line), f"{path}, line {number}"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            where = f"{path}, line {number}"
+            rows.append(_entry_row(parse_json(line, where), where))
     return rows
 
 
-def read_voc(folder: Path) -> list[Row]:
+def read_voc(folder: Path, fence: Fence) -> list[Row]:
     """One row per XML file: the image has the file's name, its tags are the names of its objects, difficult or not."""
     rows = []
     for path in sorted(folder.rglob("*.xml")):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        rows.append(Row(_image(name, str(path)), object_names(path), str(path)))
+        if not path.name.startswith("."):  # what macOS leaves beside a file
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            rows.append(Row(image_name(name, str(path)), object_names(fence.require(path)), str(path)))
     return rows
 
 
 def object_names(annotation: Path) -> frozenset[str]:
     """Names of the objects in a VOC annotation; a part of an object, e.g. a head, is none."""
     try:
+        require_file(annotation)
         tree = defusedxml.ElementTree.parse(annotation)
+        return _clean((name.text or "" for name in tree.iterfind("object/name")), str(annotation))
     except (defusedxml.ElementTree.ParseError, DefusedXmlException, LookupError, ValueError) as error:
         raise ValueError(f"cannot read the annotation {annotation}: {error!r}") from error
-    return _clean(name.text or "" for name in tree.iterfind("object/name"))
 
 
-def read_text(path: Path) -> str:
-    """The content of a text file in UTF-8, with or without byte order mark; raises ValueError for other encodings."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
+def entry_tags(entry: Any, where: str) -> frozenset[str] | None:
+    """The tags in a JSON document about one image: itself, or under one of `TAG_KEYS`; None where it has no such key.
+
+    Raises:
+        ValueError: names `where`; they are in no form that `read_tags_json` knows.
+    """
+    if isinstance(entry, dict) and (entry := _value(entry, TAG_KEYS)) is None:
+        return None
+    return _clean(_names(entry, where), where)
+
+
+def split_tags(text: str, where: str) -> frozenset[str]:
+    """The tags in a text about one image, joined by | or on lines of their own; raises ValueError as `spelt`."""
+    return _clean(text.replace("\n", "|").split("|"), where)
 
 
 def nfc(text: str) -> str:
     """One spelling for names that look the same: some file systems store é as two characters."""
     return unicodedata.normalize("NFC", text)
+
+
+def spelt(name: str, where: object) -> str:
+    """A name from a file in one spelling, without spaces around it; raises ValueError for what is too long for one."""
+    if len(name) > _LONGEST:
+        raise ValueError(f"{where}: {shown(name)!r} has {len(name)} characters: a name has at most {_LONGEST}")
+    return nfc(" ".join(name.split()))
 
 
 def key_of(path: PurePath) -> str:
@@ -192,34 +220,36 @@ def _marked(header: list[str], cells: list[str], image: int, where: str) -> froz
              if place != image}  # fmt: skip
     for name, mark in marks.items():
         if mark not in _YES | _NO:
-            raise ValueError(f"{where} has {mark!r} under {name!r}: expected the header image,tags, or 0 and 1 under "
-                             "the name of each class")  # fmt: skip
-    return _clean(name for name, mark in marks.items() if mark in _YES)
+            raise ValueError(f"{where} has {shown(mark)!r} under {shown(name)!r}: expected the "
+                             "header image,tags, or 0 and 1 under the name of each class")  # fmt: skip
+    return _clean((name for name, mark in marks.items() if mark in _YES), where)
 
 
-def _split(cell: str, separator: str) -> frozenset[str]:
+def _split(cell: str, separator: str, where: str) -> frozenset[str]:
     """The tags of a cell; of a list that was written out, `['dog', 'cat']`, too."""
     if cell.startswith("[") and cell.endswith("]"):
-        return _clean(tag.strip(" '\"") for tag in cell[1:-1].split(separator))
-    return _clean(cell.split(separator))
+        return _clean((tag.strip(" '\"") for tag in cell[1:-1].split(separator)), where)
+    return _clean(cell.split(separator), where)
 
 
-def _clean(tags: Iterable[str]) -> frozenset[str]:
-    return frozenset(nfc(" ".join(tag.split())) for tag in tags if tag.strip())
+def _clean(tags: Iterable[str], where: str) -> frozenset[str]:
+    return frozenset(spelt(tag, where) for tag in tags if tag.strip())
 
 
-def _image(name: Any, where: str) -> str:
-    """The path of an image in the form of `Row.image`."""
-    if not isinstance(name, str) or not name.strip():
+def image_name(name: Any, where: str) -> str:
+    """The path of an image in the form of `Row.image`; raises ValueError for one that leaves the folder of images."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{where} names no image")
+    if len(name) > _LONGEST:
+        raise ValueError(f"{where}: the image's name has {len(name)} characters: expected at most {_LONGEST}")
     path = PurePosixPath(name.strip().replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{where}: {name!r} leaves images/: expected the name of a file in it")
+        raise ValueError(f"{where}: {shown(name)!r} leaves images/: expected the name of a file in it")
     return key_of(path)
 
 
 def _row(name: Any, tags: Any, where: str) -> Row:
-    return Row(_image(name, where), _clean(_names(tags, where)), where)
+    return Row(image_name(name, where), _clean(_names(tags, where), where), where)
 
 
 def _entry_row(entry: Any, where: str) -> Row:
@@ -258,7 +288,7 @@ def _names(tags: Any, where: str) -> Iterator[str]:
 
 def _looks_like_coco(path: Path) -> bool:
     """Whether it is worth parsing: other JSON files may lie around."""
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     return all(f'"{key}"'.encode() in content for key in _COCO_KEYS)
 
 
@@ -268,12 +298,12 @@ def _coco_rows(content: dict[str, Any], path: Path) -> list[Row]:
         tags: dict[Any, set[str]] = {image["id"]: set() for image in content["images"]}
         for annotation in content["annotations"]:
             tags[annotation["image_id"]].add(classes[annotation["category_id"]])
-        return [_row(image["file_name"], list(tags[image["id"]]), f"{path}, image {image['id']}")
+        return [_row(image["file_name"], list(tags[image["id"]]), f"{path}, image {shown(str(image['id']))}")
                 for image in content["images"]]  # fmt: skip
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not hold COCO instances: {error!r}") from error
+        raise ValueError(f"{path} does not hold COCO instances: {shown(repr(error))}") from error
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".csv": read_csv, ".tsv": read_csv, ".json": read_json, ".jsonl": read_json_lines,
+    ".csv": read_csv, ".tsv": read_csv, ".json": read_tags_json, ".jsonl": read_json_lines,
 }  # fmt: skip

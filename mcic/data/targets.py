@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from mcic.data.base import Dataset
 from mcic.data.images import read_mask
+from mcic.untrusted import read_json, shown
 
 MANIFEST = "masks.json"
 """the file that `mcic masks` writes last"""
@@ -43,12 +43,12 @@ class SavedMasks:
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         self.folder = folder
         self.manifest = _manifest(folder)
-        settings, known = self.manifest.get("settings", {}), self.manifest["classes"][1:]
-        if settings.get("split", "train") != "train":
-            raise ValueError(f"the masks in {folder} are of the images of {settings['split']}, not of those of train")
+        split, known = self.manifest.get("settings", {}).get("split", "train"), self.manifest["classes"][1:]
+        if split != "train":
+            raise ValueError(f"the masks in {folder} are of the images of {shown(str(split))}, not of those of train")
         if known != list(dataset.classes):
-            raise ValueError(f"the masks in {folder} are of the classes {', '.join(known)}, "
-                             f"the data of {', '.join(dataset.classes)}")  # fmt: skip
+            raise ValueError(f"the masks in {folder} are of the classes {shown(', '.join(known))}, "
+                             f"the data of {shown(', '.join(dataset.classes))}")  # fmt: skip
         missing = [path for name in dataset.ids for path in self._files(name) if not path.is_file()]
         if missing:
             raise ValueError(f"{missing[0]} is missing, with {len(missing) - 1} more: run mcic masks again, it makes "
@@ -67,9 +67,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no finished masks: expected {MANIFEST} in it; mcic masks RUN makes them")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["classes"][0] == "background":
+        manifest = read_json(path)
+        classes, settings = manifest["classes"], manifest.get("settings", {})
+        if classes[0] == "background" and isinstance(settings, dict) and {*map(type, classes)} == {str}:
             return manifest
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise ValueError(f"{path} is not what mcic masks wrote: make the masks again")

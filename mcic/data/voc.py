@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import defusedxml.ElementTree
 import numpy as np
-from defusedxml import DefusedXmlException
 
 from mcic.data.base import Dataset
+from mcic.data.fence import Fence
 from mcic.data.images import read_image, read_mask
-from mcic.data.names import tag_matrix
+from mcic.data.names import is_text, tag_matrix
 from mcic.data.palette import voc_palette
+from mcic.data.tags import object_names
 from mcic.suggest import nearest
+from mcic.untrusted import read_text, shown
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -34,26 +35,33 @@ class VOC12(Dataset):
     `SegmentationClass/`. An image's tags are the names of all objects in its XML, difficult ones too.
     """
 
-    def __init__(self, root: str | Path, split: Literal["train", "val"]) -> None:
+    def __init__(self, root: str | Path, split: Literal["train", "val"], *, follow_links: bool = False) -> None:
         """
         Args:
             root: VOC2012, VOCdevkit or the folder that holds it.
             split: train or val.
+            follow_links: whether links may lead out of `root`.
 
         Raises:
-            ValueError: a part of the layout is missing, or an annotation is missing, broken or of an unknown class.
+            ValueError: a part of the layout, an image or a mask is missing, empty or a link that may not be followed,
+                or an annotation is missing, broken or of an unknown class. No image is opened.
         """
         self.name = "voc12"
         self.classes = CLASSES
         self.palette = voc_palette(len(CLASSES) + 1)
         self.root = _find(Path(root).expanduser())
+        self._fence = Fence.around(root, follow_links=follow_links)
         augmented = self.root / "SegmentationClassAug"
         derived = split == "train" and augmented.is_dir()
         self._masks = augmented if derived else self.root / "SegmentationClass"
         self.ids = _augmented_ids(augmented, self._list("val")) if derived else self._list(split)
-        self._check_images()
-        annotations = [self.root / "Annotations" / f"{image_id}.xml" for image_id in self.ids]
-        self.tags = tag_matrix([_object_classes(path) for path in annotations], len(CLASSES))
+        images, annotations = (self._fence.require(self.root / name) for name in ("JPEGImages", "Annotations"))
+        self._fence.require_files(images, [f"{image_id}.jpg" for image_id in self.ids], "images")
+        self._fence.require_files(
+            self._fence.require(self._masks), [f"{image_id}.png" for image_id in self.ids], "masks"
+        )
+        paths = [self._fence.require(annotations / f"{image_id}.xml") for image_id in self.ids]
+        self.tags = tag_matrix([_object_classes(path) for path in paths], len(CLASSES))
 
     def image(self, index: int) -> np.ndarray:
         return read_image(self.path(index))
@@ -68,13 +76,11 @@ class VOC12(Dataset):
         path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not path.is_file():
             raise ValueError(f"--data.root has no {path.relative_to(self.root)}: expected {LAYOUT}, in {self.root}")
-        return path.read_text().split()
-
-    def _check_images(self) -> None:
-        there = {path.stem for path in (self.root / "JPEGImages").glob("*.jpg")}
-        missing = [image_id for image_id in self.ids if image_id not in there]
-        if missing:
-            raise ValueError(f"{self.root / 'JPEGImages'} lacks {len(missing)} listed images, first {missing[0]}.jpg")
+        ids = read_text(self._fence.require(path)).split()
+        for image_id in ids:
+            if "/" in image_id or not is_text(image_id):
+                raise ValueError(f"{path} lists {shown(image_id)!r}: expected ids, the names of images without .jpg")
+        return list(dict.fromkeys(ids))
 
 
 def _find(root: Path) -> Path:
@@ -91,12 +97,9 @@ def _augmented_ids(masks: Path, val: list[str]) -> list[str]:
 def _object_classes(path: Path) -> list[int]:
     """Class indices of the objects of an annotation; a part of an object, e.g. a head, is none."""
     try:
-        tree = defusedxml.ElementTree.parse(path)
+        names = object_names(path)
     except FileNotFoundError as error:
         raise ValueError(f"image {path.stem} has no annotation: expected {path}") from error
-    except (defusedxml.ElementTree.ParseError, DefusedXmlException) as error:
-        raise ValueError(f"cannot read the annotation {path}: {error!r}") from error
-    names = {name.text.strip() for name in tree.iterfind("object/name") if name.text}
     for name in sorted(names - set(CLASSES)):
-        raise ValueError(f"{path} has an object {name!r}, which is no class of VOC{nearest(name, CLASSES)}")
+        raise ValueError(f"{path} has an object {shown(name)!r}, which is no class of VOC{nearest(name, CLASSES)}")
     return [CLASSES.index(name) for name in names]
