@@ -2,7 +2,7 @@
 
 The tests of what is measured run first, and nothing is measured when they fail. Results go to bench/results/, and the
 measured part of docs/kernels.md is written anew (`docs` does only that, from the results that are there).
-`python -m bench aot | tune | gpu` are tools of their own.
+`python -m bench aot | tune | gpu | ablation | scaling` are tools of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-TOOLS = ("aot", "tune", "gpu")
+TOOLS = ("aot", "tune", "gpu", "ablation", "scaling")
 ROOT = Path(__file__).parent.parent
 TESTS = {"cpu": ("test_kernels*", "test_golden*", "test_native*"), "cuda": ("test_triton_[!t]*",)}
 """tests of the operations that run on a device, by file name; a GPU's come on top of the CPU's"""
