@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mcic.durable import write_text
+from mcic.durable import sync, write_text
 
 _COLUMNS = ("image", "name", "width", "height", "class", "pixels", "percent", "mean_confidence",
             "made_with")  # fmt: skip
@@ -68,9 +69,13 @@ class AreaTable:
 
     def add(self, image: Path, rows: list[dict[str, Any]]) -> None:
         """Put the rows of an image into this rank's file, at its end."""
-        text = _text(rows, header=not self._own.is_file())
+        is_new = not self._own.is_file()
         with self._own.open("a", encoding="utf-8", newline="") as file:
-            file.write(text)
+            file.write(_text(rows, header=is_new))
+            file.flush()
+            os.fsync(file.fileno())  # before the mask comes: one without rows would be somebody else's
+        if is_new:
+            sync(self.path.parent)
         self.rows[str(image)] = rows
 
 
@@ -92,10 +97,10 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     try:
-        text, head = path.read_bytes(), _text([], header=True)
-        text = text[: text.rfind(b"\n") + 1].decode()  # before that: a letter may be torn, too
-        if not text.startswith(head) and not head.startswith(text):
+        content, head = path.read_bytes(), _text([], header=True).encode()
+        if not content.startswith(head) and not head.startswith(content):
             raise ValueError("other columns")
+        text = content[: content.rfind(b"\n") + 1].decode()  # cut before it is decoded: a letter may be torn, too
         for row in csv.DictReader(io.StringIO(text, newline="")):
             yield {**row, **{name: int(row[name]) for name in ("width", "height", "pixels")}}
     except (KeyError, TypeError, ValueError, csv.Error) as error:

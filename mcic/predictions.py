@@ -20,6 +20,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
@@ -32,16 +33,19 @@ from torch import nn
 
 from mcic import __version__, distributed
 from mcic.areas import AreaTable
+from mcic.data.names import is_text
 from mcic.data.shards import images_of, names_shards
 from mcic.data.tags import key_of, read_table
 from mcic.durable import write_text
 from mcic.pictures import readable_suffixes
 from mcic.predict import Predictor
 from mcic.segmentation import Segmentation, save_image
+from mcic.untrusted import printable, read_json
 
 log = logging.getLogger(__name__)
 
 LABELS, OVERLAYS, CONFIDENCE = "labels", "overlays", "confidence"
+SETTINGS = "predictions.json"
 _FILES = {LABELS: ".png", OVERLAYS: ".jpg", CONFIDENCE: ".png"}
 _PROGRESS_INTERVAL = 10.0  # seconds
 
@@ -54,7 +58,7 @@ class ImageFile:
     """An image to predict.
 
     Attributes:
-        path: its file, absolute; of an image in a tar, the tar's with the name in it behind.
+        path: its file, absolute; of an image in a tar, the tar's (or its command or URL) with the name in it behind.
         name: that it should have, which may hold folders.
         read: gives the image where it is no file of its own: uint8 [H, W, 3]; raises ValueError if it cannot be read.
     """
@@ -82,8 +86,8 @@ def find_images(sources: Iterable[str | Path], *, out: Path) -> list[ImageFile]:
     """The images that files, folders, patterns such as `photos/**/*.jpg` and tars of samples stand for, each once.
 
     Tars are files, patterns that end with .tar, commands and URLs, see `mcic.data.shards`. Of a folder all files with
-    the ending of an image format are taken, also in sub-folders, whose names stay in the
-    images' names; but hidden ones, and what an earlier prediction wrote below `out`.
+    the ending of an image format are taken, also in sub-folders, whose names stay in the images' names; but hidden
+    ones, and what an earlier prediction wrote below `out`.
 
     Raises:
         ValueError: a source is no file, and no image is found in it.
@@ -92,7 +96,7 @@ def find_images(sources: Iterable[str | Path], *, out: Path) -> list[ImageFile]:
     found: dict[Path, ImageFile] = {}
     for source in map(str, sources):
         if names_shards(source) and not Path(source).is_dir():
-            files = [ImageFile(_absolute(path), name, read) for path, name, read in images_of(source)]
+            files = [ImageFile(Path(path), name, read) for path, name, read in images_of(source)]
         elif Path(source).is_file():
             files = [ImageFile(_absolute(source), Path(source).stem)]
         else:
@@ -167,13 +171,14 @@ def predict_files(
 
     Raises:
         ValueError: `out` is a file, or holds masks of another network or other settings, or another program's
-            areas.csv.
+            areas.csv; or the ranks were given different images.
         OSError: a file cannot be written.
     """
     for names in [tags] if not isinstance(tags, dict) else set(tags.values()):
         predictor.allowed(names)  # a wrong name is no fault of an image
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
+    _require_agreement(images, predictor.device)
     settings = _settings(predictor, tags)
     order = [image.path for image in images]
     table = _claimed_table(out, settings, order, overwrite=overwrite)
@@ -184,30 +189,39 @@ def predict_files(
         if not overwrite and table.digest(image.path) == digests[image.path]
         and _file(out, LABELS, names[image.path]).is_file()
     }  # fmt: skip
-    distributed.barrier()  # every rank knows what is there before the first one adds to it
     left = [place for place, image in enumerate(images) if image.path not in done]
     share = left[distributed.rank() :: distributed.world_size()]
+    leads, before = distributed.rank() == 0 and bool(left), _stored_settings(out)
+    distributed.barrier()  # every rank knows what is there before the first one adds to it
+    if leads:
+        _store_settings(out, _settings_text(settings))
+    distributed.barrier()  # no mask comes before them
     fate = torch.zeros(2, len(images), dtype=torch.int32)  # predicted, failed
     for place in _with_progress(share):
         image = images[place]
-        try:
-            _check_utf8(image.path)
-            result = predictor.predict(image.content(), tags=tags[image.path] if isinstance(tags, dict) else tags)
-        except (ValueError, MemoryError) as error:
-            _warn(image.path, error)
-            fate[1, place] = 1
-            continue
-        if not fate[0].any():  # not earlier: where no image can be read, nothing is written
-            _store_settings(out, settings)
-        fate[0, place] = 1
-        _write(result, image, names[image.path], out, table, made_with=digests[image.path], overlays=overlays,
-               confidence=confidence)  # fmt: skip
+        result = _predicted(predictor, image, tags[image.path] if isinstance(tags, dict) else tags)
+        fate[int(result is None), place] = 1
+        if result is not None:
+            _write(result, image, names[image.path], out, table, made_with=digests[image.path], overlays=overlays,
+                   confidence=confidence)  # fmt: skip
     predicted, failed = distributed.sum_(fate.to(predictor.device)).cpu()
     if distributed.rank() == 0:
         table.take_over(order)
+    if leads and not predicted.any():
+        _store_settings(out, before)
     distributed.barrier()
     unread = tuple(image.path for image, is_failed in zip(images, failed.tolist(), strict=True) if is_failed)
     return Outcome(int(predicted.sum()), len(done), unread)
+
+
+def _predicted(predictor: Predictor, image: ImageFile, tags: Iterable[str] | None) -> Segmentation | None:
+    """None where that is not possible, which a warning says."""
+    try:
+        _require_plain(image.path)
+        return predictor.predict(image.content(), tags=tags)
+    except (ValueError, MemoryError) as error:
+        _warn(image.path, error)
+        return None
 
 
 def _with_progress(places: Sequence[int]) -> Iterator[int]:
@@ -236,16 +250,24 @@ def _claimed_table(out: Path, settings: dict[str, Any], order: Sequence[Path], *
 
 
 def _warn(path: Path, error: ValueError | MemoryError) -> None:
-    shown = os.fsencode(path).decode("utf-8", "replace")
+    shown = printable(os.fsencode(path).decode("utf-8", "replace"))
     reason = str(error) if isinstance(error, ValueError) else "no memory for it"
     log.warning("passed over: %s", reason if shown in reason else f"{shown}: {reason}")
 
 
-def _check_utf8(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError("its name is not UTF-8, as areas.csv is: rename it") from None
+def _require_plain(path: Path) -> None:
+    if not is_text(str(path)):
+        raise ValueError("its name is not UTF-8, or holds a control character, which areas.csv cannot: rename it")
+
+
+def _require_agreement(images: Sequence[ImageFile], device: torch.device) -> None:
+    """Raise ValueError, on every rank, unless all were given the same images."""
+    listed = json.dumps([[str(image.path), image.name] for image in images])
+    digest = hashlib.sha256(listed.encode()).hexdigest()
+    differs = torch.tensor([distributed.from_first(digest) != digest], dtype=torch.int32, device=device)
+    if distributed.sum_(differs).item():
+        raise ValueError("the ranks found different images: expected the same files at the same paths on all machines, "
+                         "and that none comes or goes meanwhile")  # fmt: skip
 
 
 def _write(
@@ -311,11 +333,11 @@ def _digest(settings: dict[str, Any], allowed: Iterable[str]) -> str:
 
 def _differs(out: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
     """Whether what is in the folder was made with other settings; raises ValueError if so, but with `overwrite`."""
-    path = out / "predictions.json"
+    path = out / SETTINGS
     differing = []
     if path.is_file():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            stored = read_json(path)["settings"]
             differing = [name for name, value in settings.items() if stored.get(name) != value]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not of mcic predict: choose another folder for --out") from error
@@ -325,10 +347,24 @@ def _differs(out: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
     return bool(differing)
 
 
-def _store_settings(out: Path, settings: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"mcic": __version__, "settings": settings}, indent=1, ensure_ascii=False)
-    write_text(out / "predictions.json", text)
+def _stored_settings(out: Path) -> str | None:
+    path = out / SETTINGS
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    return json.dumps({"mcic": __version__, "settings": settings}, indent=1, ensure_ascii=False)
+
+
+def _store_settings(out: Path, text: str | None) -> None:
+    """Make the folder with them; None: remove them, and the folder if nothing else is in it."""
+    if text is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / SETTINGS, text)
+        return
+    (out / SETTINGS).unlink(missing_ok=True)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def fingerprint(network: nn.Module) -> str:

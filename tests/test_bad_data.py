@@ -6,6 +6,7 @@ In no case is a file of the user's touched, a pipe waited for, or a picture of 3
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from badfiles import (
 from PIL import Image
 from trees import save_image, scene
 
+from mcic.data.fence import Fence
 from mcic.data.folder import Folder, file_name, read_folder
 from mcic.data.images import read_image
 from mcic.data.palette import voc_palette
@@ -42,6 +44,7 @@ from mcic.data.tags import read_table
 from mcic.model import NetworkSpec, SegmentationNetwork
 from mcic.predict import Predictor
 from mcic.predictions import find_images, predict_files
+from mcic.untrusted import parse_json
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
 
@@ -173,7 +176,9 @@ LINKS = {
     "to itself": Case(linked("ant/x.png", "x.png"), left=(("link", "x.png", "leads nowhere"),)),
     "to a device": Case(linked("ant/x.png", "/dev/zero"), left=(("link", "x.png", "leads out of"),)),
     "to a device, allowed": Case(linked("ant/x.png", "/dev/zero"), left=(("special", "x.png", ""),), settings=FOLLOW),
-    "to a folder inside": Case(linked("ant/all", "../bee"), left=(("link", "all", "read anyway"),)),
+    "to a folder inside": Case(
+        linked("ant/all", "../bee"), left=(("link", "all", "lies within the data, and counts there"),)
+    ),
     "round in a circle": Case(linked("ant/all", "."), left=(("link", "all", "read anyway"),), settings=FOLLOW),
     "to a folder outside": Case(linked("ant/more", MORE), left=(("link", "more", "leads out of"),)),
     "to a folder outside, allowed": Case(linked("ant/more", MORE), used={"ant__more__secret": SIZE}, settings=FOLLOW),
@@ -195,6 +200,21 @@ LINKS = {
 @pytest.mark.parametrize("case", [*IMAGES.values(), *NAMES.values(), *LINKS.values()], ids=[*IMAGES, *NAMES, *LINKS])
 def test_images_names_and_links(tmp_path, case):
     check(case, tmp_path / "data", make_classes(tmp_path / "data"))
+
+
+def test_a_link_to_another_part_of_the_data_says_what_becomes_of_it(tmp_path):
+    """Also of a part that nothing else reads."""
+    for name in ("../images/a.png", "../images/below/b.png", "../more/c.png"):
+        written(name, encoded(RGB))(tmp_path)
+    (tmp_path / "images" / "linked").symlink_to("../more")
+    (tmp_path / "images" / "again").symlink_to("below")
+    files, dropped = Fence.around(tmp_path).files(tmp_path / "images")
+    assert [path.name for path in files] == ["a.png", "b.png"]
+    reasons = {Path(entry.name).name: entry.reason for entry in dropped}
+    assert reasons == {
+        "linked": f"is not followed: {tmp_path / 'more'} lies within the data, and counts there or not at all",
+        "again": "leads to a folder that is read anyway",
+    }
 
 
 @pytest.mark.parametrize("name", [b"a\nb.png", b"\x1b[2J.png", b"caf\xe9.png", b"x" * 250 + b".png"])
@@ -422,6 +442,14 @@ def test_files_that_may_not_be_read(tmp_path):
     contents = read_folder(tmp_path, 0.3)
     assert {photo.id for photo in (*contents.train, *contents.val)} == good
     assert "Permission denied" in contents.dropped[0].reason
+
+
+def test_a_key_that_comes_twice_among_many_is_soon_found():
+    text = "{" + ",".join(f'"{name}": 1' for name in (*range(20_000), 19_999)) + "}"
+    before = time.process_time()
+    with pytest.raises(ValueError, match="'19999' comes twice"):
+        parse_json(text, "tags.json")
+    assert time.process_time() - before < 1
 
 
 # New images

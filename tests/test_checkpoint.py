@@ -193,6 +193,16 @@ def test_a_checkpoint_of_the_same_step_is_replaced_by_the_same(tmp_path, parts):
     verify_checkpoint(path)
 
 
+def test_a_score_that_comes_later_is_stored(tmp_path, parts):
+    """Stopped behind the last step of an epoch, the run is evaluated when it goes on."""
+    save(tmp_path, parts, 1)
+    path = save(tmp_path, parts, 1, score=50.0)
+    assert load_checkpoint(path, model=parts[0]) == {"step": 1, "score": 50.0}
+    for step in (2, 3, 4):
+        save(tmp_path, parts, step, score=40.0)
+    assert path in checkpoints(tmp_path)  # as the best
+
+
 @pytest.mark.parametrize(
     "write", [durable.write_text, lambda path, text: durable.write_with(path, lambda p: p.write_text(text))]
 )

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mcic.areas import AreaTable
 from mcic.config import Config
 from mcic.config_io import load_config, save_config
 from mcic.data.coco import COCO14
@@ -78,6 +79,10 @@ READINGS = {
     "thumbnails": {"a": "0.png"},
     "readings": [{"rows": 1, "columns": 1, "sources": [0], "weights": [9]}],
 }
+AREAS = (
+    b"image,name,width,height,class,pixels,percent,mean_confidence,made_with\n"
+    b"/a/x.png,x,3,2,cat,4,66.6667,0.9000,0123456789ab\n/a/x.png,x,3,2,dog,2,33.3333,0.8000,0123456789ab\n"
+)
 METRICS = [{"step": 1, "loss/total": 2.5, "lr": 0.1}, {"step": 2, "loss/total": 2.25, "lr": 0.05}]
 MASKS = {"format": 1, "classes": ["background", *CLASSES], "settings": {"split": "train"}, "ground_truth_used": False}
 
@@ -157,6 +162,7 @@ READERS = {
     "folder": Reader(
         "folder/tags.csv", [b"image,tags\na.png,cat\nb.png,dog|ant\n"], lambda root: read_folder(root / "folder", 0.5)
     ),
+    "areas": Reader("areas/areas.csv", [AREAS], lambda root: AreaTable(root / "areas")),
     "masks": Reader("masks/masks.json", [MASKS], lambda root: SavedMasks(root / "masks", VOC12(root / "voc", "train"))),
     "pixels": Reader("pixels.bin", PICTURES, read_pixels),
     "mask": Reader("mask.bin", MASK_PICTURES, lambda root: read_mask(root / "mask.bin")),

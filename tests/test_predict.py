@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -351,6 +352,8 @@ def test_patterns_folders_and_nothing(photos, tmp_path):
     assert found(photos / "a") == ["x", "x"]
     assert found(str(photos / "**" / "*.jpg")) == ["x", "x"]
     assert found(photos / "a" / "x.jpg", photos) == ["x", "a/x", "b/x", "b/ü ö"]
+    (photos / "a::b.jpg").write_bytes(b"")
+    assert found(photos / "a::b.jpg") == ["a::b"]
     (photos / "a" / ".hidden.jpg").write_bytes(b"")
     assert found(photos / "a") == ["x", "x"]
     for nothing in (photos / "c", photos / "*.gif", tmp_path / "photos" / "a" / "x.jpeg"):
@@ -392,13 +395,14 @@ def interrupt(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "torn", ["", "{image},b/x,50,4", "{image},b/x,50,40,cat,17", "{image},b/x,50,40,dog,17,1,1,0\n"]
+    "torn",
+    ["", "{image},b/x,50,4", "{image},b/x,50,40,cat,17", "{image},b/x,50,40,dog,17,1,1,0\n", "{image},b/\udcc3"],
 )
 def test_an_interrupted_call_goes_on(predictor, photos, tmp_path, interrupt, torn):
     out, complete = tmp_path / "out", tmp_path / "complete"
     predicted(predictor, [photos], complete)
     interrupt(predictor, [photos], out)
-    with (out / "areas.csv").open("a") as file:
+    with (out / "areas.csv").open("a", encoding="utf-8", errors="surrogateescape") as file:  # the last: half of "ü"
         file.write(torn.format(image=photos / "b/x.jpg"))
     interrupt(predictor, [photos], out)
     outcome = predicted(predictor, [photos], out)
@@ -477,6 +481,46 @@ def test_a_name_that_is_not_utf8_is_passed_over(folder, photos, capsys, tmp_path
     assert status == 1
     assert "caf\ufffd.jpg: its name is not UTF-8" in " ".join(said.split())
     assert {row["name"] for row in rows_of(tmp_path / "out")} == {"a/x", "b/x", "b/ü ö"}
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\nb", "\x1b[2J"])
+def test_a_name_with_a_control_character_is_passed_over(predictor, photos, tmp_path, caplog, name):
+    (photos / "a" / "x.jpg").rename(photos / "a" / f"{name}.jpg")
+    out = tmp_path / "out"
+    for done in (0, 3):
+        outcome = predicted(predictor, [photos], out)
+        assert (outcome.predicted, outcome.kept, len(outcome.failed)) == (3 - done, done, 1)
+    assert {row["name"] for row in rows_of(out)} == {"a/x", "b/x", "b/ü ö"}
+    assert "control character" in caplog.text
+    assert all(letter.isprintable() for record in caplog.records for letter in record.getMessage())
+
+
+def test_the_settings_are_those_of_the_masks_that_are_there(predictor, photos, tmp_path):
+    """Also where a call with others made none."""
+    out = tmp_path / "out"
+    predicted(predictor, [photos / "a" / "x.jpg"], out)
+    before = files_below(out)
+    (photos / "a" / "x.jpg").write_bytes(b"broken")
+    outcome = predicted(predictor, [photos / "a" / "x.jpg"], out, tags=["cat"], overwrite=True)
+    assert (outcome.predicted, len(outcome.failed)) == (0, 1)
+    assert files_below(out) == before
+
+
+def test_rows_are_on_the_disk_before_the_mask(predictor, photos, tmp_path, monkeypatch):
+    out, sizes = tmp_path / "out", set()
+    fsync, save = os.fsync, Segmentation.save
+
+    def synced(descriptor):
+        fsync(descriptor)
+        sizes.add(os.fstat(descriptor).st_size)
+
+    def saved(self, path):
+        assert (out / "areas.csv").stat().st_size in sizes
+        save(self, path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Segmentation, "save", saved)
+    assert predicted(predictor, [photos], out).predicted == 4
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
 """`mcic predict` over ranks and tars: every image once, whatever dies, and the same bytes as one process writes."""
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shards import write_shard
+from shards import encoded, write_shard
 from trees import scene
 
 import mcic
+from mcic import distributed
 from mcic.checkpoint import save_network
 from mcic.cli import run
 from mcic.cli.predict import main
@@ -127,6 +131,65 @@ def test_images_in_tars(model, tmp_path, monkeypatch):
     before = contents(out)
     assert run("mcic", main, words) == 1
     assert contents(out) == before
+
+
+def test_a_key_that_comes_twice_is_two_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    contents = [encoded("png", scene(index, [1])[0]) for index in range(5)]
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for key, content in zip(("a", "b", "a", "a-2", "b"), contents, strict=True):
+            member = tarfile.TarInfo(f"{key}.png")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    images = find_images([path], out=tmp_path / "out")
+    assert [image.name for image in images] == ["a", "b", "a-2", "a-2-2", "b-2"]
+    assert len({image.path for image in images}) == 5
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(image.content(), scene(index, [1])[0])
+
+
+def test_images_are_the_same_from_every_folder(tmp_path, monkeypatch):
+    pytest.importorskip("webdataset")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MCIC_ALLOW_PIPE", "1")
+    tar = write_shard(tmp_path / "x.tar", {"a": {"png": scene(0, [1])[0]}})
+    found = []
+    for folder, local in ((tmp_path, "x.tar"), (tmp_path / "cache", "../x.tar")):
+        monkeypatch.chdir(folder)
+        found.append([image.path for image in find_images([local, f"pipe:cat {tar}"], out=tmp_path / "out")])
+    assert found[0] == found[1]
+    assert found[0][0] == tmp_path / "x.tar" / "a.png"
+
+
+def test_a_torn_tar_is_refused(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tar = write_shard(tmp_path / "x.tar", {str(index): {"png": scene(index, [1])[0]} for index in range(4)})
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    assert run("mcic", main, [str(model), str(tar), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert f"the shard {tar} is torn or damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_rank_alone_writes_the_settings(model, photos, tmp_path, monkeypatch):
+    predictor, images = mcic.load(model, device="cpu"), find_images([photos], out=tmp_path)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        (tmp_path / f"{rank}").mkdir()
+        assert predict_files(predictor, images, tmp_path / f"{rank}").predicted in (4, 5)
+        assert (tmp_path / f"{rank}" / "predictions.json").is_file() == (rank == 0)
+
+
+def test_ranks_that_found_different_images_write_nothing(model, photos, tmp_path, monkeypatch):
+    predictor, images = mcic.load(model, device="cpu"), find_images([photos], out=tmp_path)
+    digests = []
+    monkeypatch.setattr(distributed, "from_first", lambda digest: digests.append(digest) or digests[0])
+    assert predict_files(predictor, images, tmp_path / "one").predicted == 9
+    for other in (images[1:], [replace(images[0], name="x"), *images[1:]], images[::-1]):
+        with pytest.raises(ValueError, match="the ranks found different images"):
+            predict_files(predictor, other, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
 
 
 def test_names_in_a_tar_lead_nowhere_else(model, tmp_path, monkeypatch):

@@ -68,7 +68,8 @@ class Fence:
                 elif not path.is_symlink():
                     waiting.append(path)
                 elif self._holds(target := os.path.realpath(path)) and not Path(target).is_relative_to(top):
-                    dropped.append(Dropped("link", str(path), f"leads to {target}: put that folder here instead"))
+                    reason = f"is not followed: {target} lies within the data, and counts there or not at all"
+                    dropped.append(Dropped("link", str(path), reason))
                 elif self._holds(target) or target in seen:
                     dropped.append(Dropped("link", str(path), "leads to a folder that is read anyway"))
                 else:

@@ -17,22 +17,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
 from mcic.data.base import IGNORE
 from mcic.data.dropped import Dropped
 from mcic.data.images import probe_image, read_map, read_mask
 from mcic.data.tags import entry_tags, nfc, split_tags
 from mcic.pictures import readable_suffixes
-from mcic.untrusted import parse_json
+from mcic.untrusted import parse_json, shown
 
-FORMAT = "mcic-shard-1"
+FORMAT = "mcic-shard-2"
 """of the stored index: other rules take another name"""
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """endings of images that are looked for first; then whatever Pillow reads"""
 MASK, SALIENCY = "mask.png", "saliency.png"
 LONGEST_TEXT = 2**20
 """bytes of a file of tags; longer ones are none"""
+LONGEST = 2**30
+"""bytes of any other file; more are no image, and a header may claim what no memory holds"""
+
+_END = 2**20  # bytes that may stand at the end of a tar and hold nothing: writers fill up to a multiple of something
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and ending, as webdataset divides them
 _META = re.compile(r"__[^/]*__(/|$)")  # webdataset's own notes
@@ -113,8 +115,7 @@ class Member(io.BytesIO):
 def index_shard(file: BinaryIO, *, name: str, stamp: str) -> ShardIndex:
     """Look at every sample of an uncompressed tar, decoding it: JPEGs at low resolution.
 
-    What cannot be read is left out, a mask or saliency map without its image. Where the tar is torn or damaged, the
-    samples before that place count.
+    A sample that cannot be read is left out, a mask or saliency map without its image.
 
     Args:
         file: open for reading; not something in memory.
@@ -122,11 +123,12 @@ def index_shard(file: BinaryIO, *, name: str, stamp: str) -> ShardIndex:
         stamp: see `ShardIndex`.
 
     Raises:
+        ValueError: the tar is torn or damaged, so that nobody knows how many samples are missing; says where.
         OSError: the file cannot be read.
     """
     samples: list[Sample] = []
     dropped: list[Dropped] = []
-    for key, files in itertools.groupby(_files(file, name, dropped), lambda entry: entry[0]):
+    for key, files in itertools.groupby(_files(file), lambda entry: entry[0]):
         members = {}
         for _, ending, member, place in files:
             members.setdefault(ending, (member, place))
@@ -136,7 +138,7 @@ def index_shard(file: BinaryIO, *, name: str, stamp: str) -> ShardIndex:
     return ShardIndex(samples=tuple(samples), dropped=tuple(dropped), size=size, stamp=stamp)
 
 
-def _files(file: BinaryIO, shard: str, dropped: list[Dropped]) -> Iterator[tuple[str, str, str, Place]]:
+def _files(file: BinaryIO) -> Iterator[tuple[str, str, str, Place]]:
     """(key, ending, name, place) of every file that belongs to a sample, in the tar's order."""
     size = os.fstat(file.fileno()).st_size
     last = "its start"
@@ -153,12 +155,21 @@ def _files(file: BinaryIO, shard: str, dropped: list[Dropped]) -> Iterator[tuple
                     raise tarfile.ReadError("unexpected end of data")
                 last = member.name
                 yield nfc(parts[1]), parts[2].lower(), last, Place(member.offset_data, member.size)
-            file.seek(tar.offset)  # tarfile takes whatever it cannot read here for the end
-            block = file.read(tarfile.BLOCKSIZE)
-            if block != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("a damaged header" if block else "it ends without the mark of its end")
+            _require_end(file, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        dropped.append(Dropped("broken", shard, f"the tar cannot be read from {last} on: {error}"))
+        raise ValueError(f"torn or damaged behind {shown(last)}: {error}") from error
+
+
+def _require_end(file: BinaryIO, offset: int) -> None:
+    """Raise tarfile.ReadError unless the tar ends there: tarfile takes whatever it cannot read for the end."""
+    file.seek(offset)
+    rest = file.read(_END + 1)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it lacks the mark of its end")
+    if any(rest[: tarfile.BLOCKSIZE]):
+        raise tarfile.ReadError("a damaged header")
+    if len(rest) > _END or any(rest):
+        raise tarfile.ReadError("more follows behind the mark of its end, as where tars were joined")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +189,8 @@ class _Group:
 
     def open(self, ending: str) -> Member:
         _, place = self.members[ending]
+        if place.length > LONGEST:
+            raise ValueError(f"its .{ending} has more than {LONGEST} bytes")
         self.file.seek(place.offset)
         return Member(self.file.read(place.length), self.name(ending))
 
@@ -253,8 +266,3 @@ def _sample(fields: dict[str, Any]) -> Sample:
 
 def _cause(error: ValueError) -> str:
     return " ".join(str(error.__cause__ or error).split())
-
-
-def array_of(places: list[Place | None]) -> np.ndarray:
-    """int64 [n, 2], -1 where there is none."""
-    return np.array([place or (-1, -1) for place in places], np.int64).reshape(-1, 2)

@@ -33,10 +33,6 @@ THREADS = 4
 SHUFFLED_SHARDS = 4
 """in an epoch's order, images of fetched shards stand up to that many shards' worth behind their neighbours"""
 SHARDS_AT_HAND = SHUFFLED_SHARDS + 4
-
-SHUFFLED_SHARDS = 4
-"""in an epoch's order, images of fetched shards stand up to that many shards' worth behind their neighbours"""
-SHARDS_AT_HAND = SHUFFLED_SHARDS + 4
 """shards that the disk must hold for that: those whose images are mixed, the next ones, and some that are larger"""
 
 _PROGRESS_SECONDS = 10.0
@@ -63,8 +59,7 @@ class ShardStore:
         is_far: whether any shard must be fetched.
 
     Raises:
-        ValueError: a shard is not there, cannot be fetched, or is compressed; or the limit is too low to read in a
-            random order.
+        ValueError: a shard is not there, cannot be fetched, is compressed, torn or damaged.
     """
 
     def __init__(self, urls: Sequence[str], *, folder: Path, limit: int) -> None:
@@ -192,12 +187,15 @@ class ShardStore:
 
     def _make_index(self, shard: int, stamp: str | None) -> ShardIndex:
         url = self.urls[shard]
-        if stamp is not None:
-            with Path(url).open("rb") as file:
+        with self._fetched(shard, None) if stamp is None else Path(url).open("rb") as file:
+            try:
+                stamp = stamp or hashlib.file_digest(file, "sha256").hexdigest()
                 return index_shard(file, name=shard_name(url), stamp=stamp)
-        with self._fetched(shard, None) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return index_shard(file, name=shard_name(url), stamp=digest)
+            except ValueError as error:
+                if is_remote(url):
+                    self._place(shard).unlink(missing_ok=True)  # the next start fetches it anew
+                raise ValueError(f"the shard {url} is {error}. It must be written or fetched anew: nobody knows "
+                                 "how many images are lost") from error  # fmt: skip
 
 
 def shard_name(url: str) -> str:
@@ -235,8 +233,8 @@ def _fetch(url: str, target: Path) -> str:
             while block := stream.read(_BLOCK):
                 digest.update(block)
                 file.write(block)
-    except OSError as error:
-        if error.errno is not None:  # of the disk
+    except (OSError, ImportError) as error:  # the latter: of what webdataset uses for that kind of URL
+        if getattr(error, "errno", None) and error.filename in (None, str(target)):  # of the disk
             raise named(error, target) from error
         raise ValueError(f"the shard {url} cannot be fetched: {error}") from error
     return digest.hexdigest()

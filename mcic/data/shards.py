@@ -70,7 +70,7 @@ class Shards(Dataset):
         self.ids = [_id(entry.sample.key) for entry in self.entries]
         places = {tag: place for place, tag in enumerate(classes)}
         self.tags = tag_matrix([{places[tag] for tag in e.sample.tags or ()} for e in self.entries], len(classes))
-        self._shards = np.array([entry.shard for entry in self.entries], np.int64)
+        self._place_in_shards()
 
     def image(self, index: int) -> np.ndarray:
         return _read_image(self.store, self.entries[index].shard, self.entries[index].sample)
@@ -100,12 +100,13 @@ class Shards(Dataset):
             return super().shuffled(random)
         rank = random.permutation(len(self.store.urls))
         in_shards = np.argsort(rank[self._shards], kind="stable")
-        places = np.arange(len(self)) + random.uniform(0, self._window(SHUFFLED_SHARDS), len(self))
+        places = np.arange(len(self)) + random.uniform(0, SHUFFLED_SHARDS * self._images_per_shard, len(self))
         return in_shards[np.argsort(places, kind="stable")]
 
     def will_read(self, indices: np.ndarray) -> None:
         if self.store.is_far:
-            self.store.fetch_ahead(list(dict.fromkeys(self._shards[indices[: self._window(2)]].tolist())))
+            soon = self._shards[indices[: 2 * self._images_per_shard]]
+            self.store.fetch_ahead(list(dict.fromkeys(soon.tolist())))
 
     def subset(self, count: int | None) -> None:
         """As of any set; where shards are fetched, of few shards."""
@@ -121,11 +122,11 @@ class Shards(Dataset):
     def _keep(self, indices: np.ndarray) -> None:
         super()._keep(indices)
         self.entries = [self.entries[index] for index in indices]
-        self._shards = self._shards[indices]
+        self._place_in_shards()
 
-    def _window(self, shards: int) -> int:
-        """The number of images of so many shards."""
-        return shards * max(1, len(self) // max(1, len(np.unique(self._shards))))
+    def _place_in_shards(self) -> None:
+        self._shards = np.array([entry.shard for entry in self.entries], np.int64)  # [len(self)]
+        self._images_per_shard = max(1, len(self.entries) // max(1, len(np.unique(self._shards))))
 
     def _member(self, index: int, place: Place) -> Member:
         entry = self.entries[index]
@@ -226,22 +227,31 @@ def shards_of(root: str) -> list[str]:
 def images_of(root: str) -> Iterator[tuple[str, str, Callable[[], np.ndarray]]]:
     """The images in the shards of `root`, with tags or without: a path for each, a name, and what reads it.
 
-    The name is the key, where that leads into no other folder; else one made of it. What reads an image that is broken
-    raises ValueError.
+    The name is the key, where that leads into no other folder; else one made of it, and with a number behind it where
+    another image has it. What reads an image that is broken raises ValueError. Paths of local shards are absolute.
+
+    Raises:
+        ValueError: as `ShardStore` and `shards_of`.
     """
     store = ShardStore(shards_of(root), folder=store_folder(None), limit=PREDICTED_LIMIT)
     for shard, (url, index) in enumerate(zip(store.urls, store.indexes, strict=True)):
+        where = url if is_remote(url) else os.path.abspath(url)
         counts: Counter[str] = Counter()
         for sample in index.samples:
             key = sample.key.removeprefix("./")
             leads_out = key.startswith("/") or {"..", "."} & set(key.split("/")) or _id(key) != key.replace("/", "__")
-            name = _id(key) if leads_out else key
-            counts[name] += 1
-            name += f"-{counts[name]}" if counts[name] > 1 else ""  # a key that comes twice is two images
-            yield f"{url}/{name}{Path(sample.member).suffix}", name, partial(_read_image, store, shard, sample)
+            name = _numbered(_id(key) if leads_out else key, counts)
+            yield f"{where}/{name}{Path(sample.member).suffix}", name, partial(_read_image, store, shard, sample)
         for entry in index.dropped:
             if entry.kind == "broken":
-                yield f"{url}/{_id(entry.name)}", _id(entry.name), partial(_refuse, entry)
+                name = _numbered(_id(entry.name), counts)
+                yield f"{where}/{name}", name, partial(_refuse, entry)
+
+
+def _numbered(name: str, counts: Counter[str]) -> str:
+    """A name that is not among those counted, which it joins: a key that comes twice is two images."""
+    counts[name] += 1
+    return name if counts[name] == 1 else _numbered(f"{name}-{counts[name]}", counts)
 
 
 def _read_image(store: ShardStore, shard: int, sample: Sample) -> np.ndarray:
@@ -269,8 +279,8 @@ def _parts(root: str, val_root: str | None, share: float) -> tuple[list[str], li
         return train, val
     if len(train) < 2:
         raise ValueError(f"{root} is a single shard, and none is left to hold out: name others with --data.val-root")
-    names = {url: os.path.basename(url) for url in train}
-    fractions = {url: _fraction(name if len({*names.values()}) > 1 else url) for url, name in names.items()}
+    by_name = len({*map(os.path.basename, train)}) > 1  # not all in folders of their own, of one name
+    fractions = {url: _fraction(os.path.basename(url) if by_name else url) for url in train}
     low, *_, high = sorted(fractions.values())
     border = min(max(share, np.nextafter(low, 1)), high)
     return [u for u in train if fractions[u] >= border], [u for u in train if fractions[u] < border]
