@@ -371,6 +371,15 @@ def test_a_small_grid(tmp_path, capsys):
     assert "was made with train.lr 0.1, not 0.2" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _ctrl_c():
+    """Ctrl-C as at a terminal: a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_a_stop_lets_the_cells_save(tmp_path, monkeypatch, capsys):
     """A cell is sent SIGTERM, by which a run saves (test_faults.py), and waited for."""
     started, saved = tmp_path / "started", tmp_path / "saved"
