@@ -121,6 +121,7 @@ class _Bank:
 
     @classmethod
     def of(cls, model: MCIC, dataset: Dataset) -> _Bank:
+        """What a model's bank holds, its contexts of one class and image counted together."""
         ids, counts = model.memory.ids, model.memory.counts
         stored = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
         known = ids.where((ids >= 0) & (ids < len(dataset)), -1)

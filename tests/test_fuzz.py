@@ -344,4 +344,6 @@ def test_a_few_hundred_files(name, tmp_path, watch):
 @pytest.mark.parametrize("name", READERS)
 def test_many_files(name, tmp_path, watch):
     counts = fuzz(name, tmp_path, watch, READERS[name].many)
+    assert counts["sentence"]
+    assert set(counts) <= {"value", "sentence"}
     print(f"\n{name}: {counts.total()} files, {counts['value']} read, {counts['sentence']} refused in a sentence")
