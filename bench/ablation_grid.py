@@ -151,13 +151,19 @@ class Machine:
 
     @classmethod
     def fit(cls, device: str, *, jobs: int | None, cells: int) -> Machine:
-        """One process for each GPU; on a CPU as many as there are cores and `MEMORY_OF_A_CELL`."""
+        """One process for each GPU; on a CPU as many as there are cores and `MEMORY_OF_A_CELL`.
+
+        The processes share the cores, unless OMP_NUM_THREADS gives each fewer: where something else runs on a core,
+        threads that wait for each other there are many times as slow as one thread.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         gpus = _gpus(device)
         if jobs is None:
             fitting = len(gpus) or min(cores, available_memory(choose_device("cpu")) // MEMORY_OF_A_CELL)
             jobs = max(1, min(fitting, cells))
-        return cls(jobs, max(1, cores // jobs), gpus)
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        most = int(threads) if threads.isdecimal() and int(threads) else cores
+        return cls(jobs, max(1, min(most, cores // jobs)), gpus)
 
     @property
     def workers(self) -> int:

@@ -265,6 +265,7 @@ def test_what_a_killed_command_left_running_keeps_the_folder(grid, monkeypatch):
 
 
 def test_machine_shares_cores_and_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(ablation_grid, "_gpus", lambda device: ("0", "3") if device == "auto" else ())
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(ablation_grid, "available_memory", lambda _: 9 * 2**30)
@@ -274,6 +275,8 @@ def test_machine_shares_cores_and_gpus(monkeypatch):
     assert Machine.fit("cpu", jobs=None, cells=20) == Machine(4, 4, ())
     assert Machine.fit("cpu", jobs=None, cells=2) == Machine(2, 8, ())
     assert Machine.fit("cpu", jobs=32, cells=2) == Machine(32, 1, ())
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert Machine.fit("cpu", jobs=None, cells=2) == Machine(2, 3, ())
 
 
 # Data
