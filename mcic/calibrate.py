@@ -23,7 +23,7 @@ from mcic.config import Config, MethodConfig
 from mcic.data import EvalItem, default_workers, eval_items
 from mcic.data.base import IGNORE
 from mcic.data.images import read_mask
-from mcic.data.transforms import NEAREST, reduced
+from mcic.data.transforms import NEAREST, fitted
 from mcic.durable import write_text
 from mcic.evaluate import at_pixels
 from mcic.metrics import ConfusionMatrix
@@ -208,7 +208,7 @@ def _annotated(folder: Path, ids: list[str]) -> dict[int, Path]:
 
 def _truth(path: Path, shape: tuple[int, ...], num_classes: int) -> np.ndarray:
     """The annotated mask at the size at which the image was read."""
-    mask = reduced(read_mask(path), max(shape), NEAREST)
+    mask = fitted(read_mask(path), max(shape), NEAREST)
     if mask.shape != shape:
         raise ValueError(f"{path} is {mask.shape[1]}×{mask.shape[0]}, its image {shape[1]}×{shape[0]}")
     largest = int(mask.max(where=mask != IGNORE, initial=0))

@@ -263,7 +263,7 @@ def save_network(
         network: backbone and segmentation head.
         classes: the L object classes; mask value i ≥ 1 is `classes[i - 1]`.
         palette: RGB 0…255 of the K mask values.
-        long_side: larger images were reduced to it in training, and should be for prediction; 0: none were.
+        long_side: pixels that the longer side of images had in training, and should have for prediction; 0: their own.
         ground_truth_used: masks that people drew trained the network or chose a threshold.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class DataConfig:
     calibration: str | None = None
     """run or file of `mcic calibrate` whose threshold replaces that of the method"""
     long_side: int | None = 0
-    """images whose longer side has more pixels are reduced to it when read; 0: never; unset: from the data"""
+    """pixels that the longer side of every image is brought to when read; 0: as it is; unset: from the data"""
     val_share: float = 0.2
     """share of the images held out where the data set names no val split, 0…1"""
     max_bad_share: float = 0.1

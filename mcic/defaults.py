@@ -20,10 +20,8 @@ logger = logging.getLogger(__name__)
 
 SETTLED = ("data.long_side", "train.size", "train.precision", "train.batch_size", "train.epochs")
 """what `settle` fills, in its order"""
-LONG_SIDE = 512
-"""photographs are reduced to this: about the size of PASCAL VOC's images, for which backbones and scales are made"""
-LARGEST_SIDE = 640
-"""images up to this size are about that size"""
+SIDES = (336, 512)
+"""pixels that photographs' longer sides are brought between: about the size for which backbones and scales are made"""
 LARGEST_CROP = 321
 """the paper's"""
 LARGEST_BATCH = 16
@@ -35,7 +33,7 @@ CPU_BATCH = 8
 def settle(config: Config, train: Dataset, device: torch.device) -> Config:
     """Fill what is unset from the training images and the machine, and say what was chosen.
 
-    - `data.long_side`: 512 where the middle image is larger than 640, else 640: smaller images stay as they are.
+    - `data.long_side`: the middle image's longer side, at least 336 and at most 512: all images get one size.
     - `train.size`: the crop nearest to the middle image's shorter side that features tile, at most 321.
     - `train.precision`: bf16 on a GPU that computes in it, else fp32.
     - `train.batch_size`: 16 on a GPU and 8 on a CPU, halved until the activations of a training step, measured on one
@@ -57,7 +55,7 @@ def settle(config: Config, train: Dataset, device: torch.device) -> Config:
             chosen[name] = value()
             config = _replaced(config, group, field, chosen[name])
 
-    choose("data.long_side", lambda: LONG_SIDE if _median(train, max) > LARGEST_SIDE else LARGEST_SIDE)
+    choose("data.long_side", lambda: min(max(SIDES[0], round(_median(train, max))), SIDES[1]))
     choose("train.size", lambda: _crop(config, model.network.stride, train))
     choose("train.precision", lambda: "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
     choose("train.batch_size", lambda: _batch_size(config, model, len(train), device))
@@ -128,7 +126,7 @@ def _crop(config: Config, stride: int, train: Dataset) -> int:
     """A multiple of the output stride plus 1."""
     shorter = _median(train, min)
     if config.data.long_side:
-        shorter *= min(1, config.data.long_side / _median(train, max))
+        shorter *= config.data.long_side / _median(train, max)
     return max(1, round((min(shorter, LARGEST_CROP) - 1) / stride)) * stride + 1
 
 

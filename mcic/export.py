@@ -33,7 +33,7 @@ from mcic.checkpoint import NETWORK, load_network, save_network
 from mcic.config_io import load_config
 from mcic.data import build_data
 from mcic.data.images import IMAGENET_MEAN, IMAGENET_STD, normalize
-from mcic.data.transforms import BILINEAR, reduced
+from mcic.data.transforms import BILINEAR, fitted
 from mcic.inference import dense, pad_to_grid, to_pixels
 from mcic.model import SegmentationNetwork
 from mcic.predict import pixels_of, read_network
@@ -196,7 +196,7 @@ def check_batches(model: Path, images: Sequence[str | Path], card: dict[str, Any
         pixels = [val.image(index) for index in range(len(val))]
     else:
         raise ValueError(f"{model} is no run, so it has no images to compare on: give some with --images")
-    pixels = [reduced(image, card.get("long_side") or 1024, BILINEAR) for image in pixels]
+    pixels = [fitted(image, card.get("long_side") or min(1024, max(image.shape)), BILINEAR) for image in pixels]
     height, width = pixels[0].shape[:2]
     piece = pixels[0][: max(2, height // 2 + 1), : max(2, width * 2 // 3)]
     return [image[None] for image in pixels] + [piece[None], np.stack([piece, piece[:, ::-1]])]
@@ -323,7 +323,7 @@ def _describe(folder: Path, checks: list[Check]) -> dict[str, Any]:
         "inside": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride": card["output_stride"],
                    "padding": "after normalisation with 0 at the right and below, to a multiple of the stride plus 1",
                    "enlarging": "bilinear with aligned corners, then cut to the image"},
-        "outside": f"images whose longer side has more than {card['long_side']} pixels are reduced to it first"
+        "outside": f"the longer side of an image is brought to {card['long_side']} pixels first"
                    if card["long_side"] else "nothing",
     }  # fmt: skip
     card["checks"] = [asdict(check) for check in checks]

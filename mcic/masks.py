@@ -9,7 +9,7 @@ tagged with and background; a refinement follows, and pixels that stay unsure ar
     masks.json            what is in the folder; written last, so that its presence says that the masks are complete
     coco.json             on request, see `mcic.coco_json`
 
-Sizes are those of the upright images, also where a run reduced them. No ground truth is read for any choice.
+Sizes are those of the upright images, also where a run read them at another. No ground truth is read for any choice.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 from mcic.build import PRECISIONS, choose_device
 from mcic.checkpoint import NETWORK, load_network
 from mcic.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image, to_rgb
-from mcic.data.transforms import BILINEAR, reduced
+from mcic.data.transforms import BILINEAR, fitted
 from mcic.inference import PROTOCOLS, dense_protocol
 from mcic.model import SegmentationNetwork
 from mcic.segmentation import Segmentation
@@ -48,8 +48,8 @@ def load(
         protocol: of `mcic.inference.PROTOCOLS`: single | voc and authors (three scales and the mirror image, six
             times the work).
         tile: images with a longer side, pixels, are predicted in overlapping tiles; see `mcic.tiles`.
-        long_side: larger images are reduced to it before the network sees them, and their scores brought back to
-            full size; 0: never; None: as in training.
+        long_side: pixels that an image's longer side is brought to before the network sees it; its scores are brought
+            back to full size; 0: as it is; None: as in training.
 
     Raises:
         ValueError: no such folder, no finished network in it, or no such device.
@@ -209,7 +209,7 @@ class Predictor:
 
     def _scores(self, images: list[np.ndarray]) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
         """Parts that cover the images: (images, rows, columns) and their logits [b, K, h, w]."""
-        seen = [reduced(pixels, self.long_side, BILINEAR) for pixels in images]
+        seen = [fitted(pixels, self.long_side, BILINEAR) for pixels in images]
         if seen[0].shape == images[0].shape:
             yield from self._seen_scores(images)
             return

@@ -250,15 +250,18 @@ class TestSavedMasks:
             list(loader(6, targets=targets, batch_size=6, workers=workers).epoch(0))
 
 
-def test_large_images_are_reduced_with_all_that_belongs_to_them():
+@pytest.mark.parametrize("long_side", [25, 75])
+def test_images_are_brought_to_one_size_with_all_that_belongs_to_them(long_side):
     data = Scenes(6)
-    data.long_side = 25
+    data.long_side = long_side
     items = list(eval_items(data, brightness))
     assert [item.full_size for item in items] == [(40 + index, 50) for index in range(6)]
     for index, item in enumerate(items):
-        height = round((40 + index) / 2)
-        assert item.image.shape == (3, height, 25)
-        assert item.saliency.shape == (height, 25)
-        assert item.mask is None or item.mask.shape == (height, 25)
-    data.long_side = 60
-    assert all(item.image.shape[1:] == item.full_size for item in eval_items(data, None))
+        height = round((40 + index) * long_side / 50)
+        assert item.image.shape == (3, height, long_side)
+        assert item.saliency.shape == (height, long_side)
+        assert item.mask is None or item.mask.shape == (height, long_side)
+
+
+def test_images_stay_as_they_are_where_no_side_is_set():
+    assert all(item.image.shape[1:] == item.full_size for item in eval_items(Scenes(6), None))

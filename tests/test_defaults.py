@@ -57,12 +57,12 @@ def plenty(monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "long_side", "crop"),
     [
-        ([(224, 224)] * 9, 640, 225),
-        ([(375, 500)] * 9, 640, 321),
+        ([(224, 224)] * 9, 336, 321),
+        ([(375, 500)] * 9, 500, 321),
         ([(3000, 4000)] * 9, 512, 321),
         ([(4000, 1000)] * 9, 512, 129),
-        ([(224, 224)] * 5 + [(3000, 4000)] * 4, 640, 225),
-        ([(3, 3)] * 9, 640, 5),
+        ([(100, 224)] * 5 + [(3000, 4000)] * 4, 336, 149),
+        ([(3, 3)] * 9, 336, 321),
     ],
 )
 def test_sizes_follow_the_middle_image(sizes, long_side, crop):
@@ -118,7 +118,7 @@ def test_what_is_set_stays_and_the_rest_is_said(caplog):
     with caplog.at_level(logging.INFO):
         config = settle(unset(epochs=3, size=97), data, CPU)
     assert (config.train.epochs, config.train.size) == (3, 97)
-    assert "--data.long-side 640, --train.precision fp32, --train.batch-size 2" in caplog.text
+    assert "--data.long-side 336, --train.precision fp32, --train.batch-size 2" in caplog.text
     assert "epochs" not in caplog.text
 
 

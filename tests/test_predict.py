@@ -236,17 +236,18 @@ def test_enlarging_in_bands_is_interpolation(size, monkeypatch):
     assert [rows.start for rows, _ in bands] == [0, *(rows.stop for rows, _ in bands[:-1])]
 
 
-def test_larger_images_are_reduced_as_in_training(folder, predictor, tmp_path):
-    save_network(tmp_path, predictor.network, classes=CLASSES, palette=voc_palette(4).tolist(), long_side=64)
+@pytest.mark.parametrize("size", [(45, 64), (180, 256)])
+def test_images_are_brought_to_the_size_of_training(size, folder, predictor, tmp_path):
+    save_network(tmp_path, predictor.network, classes=CLASSES, palette=voc_palette(4).tolist(), long_side=size[1])
     pixels = photo(90, 128)
     result = mcic.load(tmp_path, device="cpu").predict(pixels)
-    small = np.asarray(Image.fromarray(pixels).resize((64, 45), Image.Resampling.BILINEAR))
-    scores = F.interpolate(logits_of(predictor, small)[None], size=(90, 128), mode="bilinear")[0]
+    seen = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+    scores = F.interpolate(logits_of(predictor, seen)[None], size=(90, 128), mode="bilinear")[0]
     assert (result.mask == scores.argmax(0).numpy()).mean() > 0.999
     assert result.pixels.shape == pixels.shape
-    unreduced = mcic.load(tmp_path, device="cpu", long_side=0).predict(pixels)
-    np.testing.assert_array_equal(unreduced.mask, predictor.predict(pixels).mask)
-    assert (unreduced.mask != result.mask).any()
+    unchanged = mcic.load(tmp_path, device="cpu", long_side=0).predict(pixels)
+    np.testing.assert_array_equal(unchanged.mask, predictor.predict(pixels).mask)
+    assert (unchanged.mask != result.mask).any()
 
 
 def test_areas_overlay_and_mask_file(tmp_path):

@@ -31,7 +31,7 @@ class PredictArgs:
     protocol: Literal["single", "voc", "authors"] = "single"
     """single: one scale | voc: 0.75/1/1.25 and flip | authors: those, mean of mean and maximum"""
     long_side: int | None = None
-    """larger images are reduced to it for the network, in pixels; 0: never; None: as in training"""
+    """pixels that the longer side of an image is brought to for the network; 0: as it is; None: as in training"""
     tile: int = 1536
     """what the network sees of an image at once, in pixels; larger ones are predicted in overlapping tiles"""
     overlays: bool = True

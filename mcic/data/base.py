@@ -29,7 +29,7 @@ class Dataset(ABC):
         palette: uint8 [L + 1, 3], RGB of every mask value.
         ids: one unique, file-name-like string per image.
         tags: bool [len(self), L].
-        long_side: loaders reduce larger images, their masks with them, to it; 0: none.
+        long_side: pixels that loaders bring the longer side of images and their masks to; 0: as it is.
         dropped: what was left out of this split and the other; nothing where a broken file refuses the data set.
     """
 

@@ -22,7 +22,7 @@ from mcic.data.base import IGNORE, Batch, Dataset
 from mcic.data.images import normalize
 from mcic.data.saliency import SaliencySource
 from mcic.data.targets import GroundTruth, Targets
-from mcic.data.transforms import BILINEAR, NEAREST, Augment, reduced
+from mcic.data.transforms import BILINEAR, NEAREST, Augment, fitted
 
 
 def default_workers(requested: int | None, dataset: Dataset) -> int:
@@ -171,7 +171,7 @@ class EvalItem:
 
     Attributes:
         index: its place in the data set.
-        full_size: (height, width) of the image before it was reduced.
+        full_size: (height, width) of the image in its file.
         image: f32 [3, H, W], normalised.
         pixels: uint8 [H, W, 3] RGB.
         tags: bool [L].
@@ -191,7 +191,7 @@ class EvalItem:
 def eval_items(
     dataset: Dataset, saliency: SaliencySource | None, *, indices: Sequence[int] | None = None, workers: int = 0
 ) -> Iterator[EvalItem]:
-    """The images `indices` (all when None) in that order, whole but reduced to `dataset.long_side`, with ground truth.
+    """The images `indices` (all when None) in that order, whole and brought to `dataset.long_side`, with ground truth.
 
     Args:
         dataset, saliency: as for `TrainLoader`.
@@ -239,7 +239,7 @@ class _Photo:
 
 
 class _Reader:
-    """Reads an image with all that belongs to it, checks that it does, and reduces it to the data set's size."""
+    """Reads an image with all that belongs to it, checks that it does, and brings it to the data set's size."""
 
     def __init__(self, dataset: Dataset, saliency: SaliencySource | None, targets: Targets | None) -> None:
         self.dataset, self.saliency, self.targets = dataset, saliency, targets
@@ -249,13 +249,13 @@ class _Reader:
         mask, confidence = (None, None) if self.targets is None else self.targets(self.dataset, index)
         if mask is not None:
             self._check(mask, image, index)
-            mask = reduced(mask, long_side, NEAREST)
+            mask = fitted(mask, long_side, NEAREST)
         if confidence is not None:
             if confidence.shape != image.shape[:2]:
                 raise ValueError(f"the confidence of image {self.dataset.ids[index]} is {_size(confidence)} pixels, "
                                  f"its image {_size(image)}: they must be of one size")  # fmt: skip
-            confidence = reduced(confidence, long_side, BILINEAR)
-        full_size, image = image.shape[:2], reduced(image, long_side, BILINEAR)
+            confidence = fitted(confidence, long_side, BILINEAR)
+        full_size, image = image.shape[:2], fitted(image, long_side, BILINEAR)
         saliency = None if self.saliency is None else self.saliency(self.dataset, index, image)
         return _Photo(full_size, image, saliency, mask, confidence)
 

@@ -102,10 +102,10 @@ class Augment:
         return canvas.flip(2) if mirrored else canvas
 
 
-def reduced(array: np.ndarray, long_side: int, how: Image.Resampling) -> np.ndarray:
-    """[H, W] or uint8 [H, W, 3] with its longer side brought down to `long_side` pixels; 0: as it is."""
+def fitted(array: np.ndarray, long_side: int, how: Image.Resampling) -> np.ndarray:
+    """[H, W] or uint8 [H, W, 3] with its longer side brought to `long_side` pixels; 0: as it is."""
     height, width = array.shape[:2]
-    if not 0 < long_side < max(height, width):
+    if long_side in (0, max(height, width)):
         return array
     factor = long_side / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
