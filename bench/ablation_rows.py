@@ -142,6 +142,7 @@ def rows(*, saliency: Path | None = None) -> tuple[Row, ...]:
         *_sweep("attention", "threshold", "method.attention_threshold", (0.0, 0.25, 0.5, 1.0, 1.5), "θ"),
         *_sweep("attention", "entropy", "method.entropy_weight", (0.03, 0.1, 0.3), "factor of the entropy"),
         *_sweep("attention", "heads", "method.heads", (1, 2, 4), "attention heads:"),
+        *_sweep("attention", "gain", "method.message_gain", (0.01, 0.03, 0.1, 0.3, 1.0), "first gain of the message"),
         *_sweep("bank", "slots", "method.slots", (8, 16, 32, 64, 256), "S"),
         *_sweep("bank", "pool", "method.pool_threshold", (0.1, 0.3, 0.5, 0.7, 0.9), "T_b"),
         Row(name="pixels", group="bank", about="single pixels, 4096 a class, in the place of pooled contexts",

@@ -37,6 +37,7 @@ def build_model(model: ModelConfig, method: MethodConfig, *, num_classes: int, b
         temperature=method.temperature,
         attention_threshold=method.attention_threshold,
         dropout=method.dropout,
+        message_gain=method.message_gain,
         pool_threshold=method.pool_threshold,
         confidence_rule=method.confidence_rule,
         pixel_bank=method.pixel_bank,

@@ -89,7 +89,7 @@ class MethodConfig:
     context: Literal["bank", "self", "none"] = "bank"
     """bank: the method | self: M' from s, no bank (the control) | none: CAM masks only"""
     supervision: Literal["tags", "full", "masks"] = "tags"
-    """tags: image labels only | full: ground-truth masks (the ceiling) | masks: those of data.masks"""
+    """tags | full: ground truth, the ceiling | masks: of data.masks"""
     masks: tuple[MaskName, ...] = ("cam", "context", "merged")
     """which of M, M', M'' supervise the segmentation head (E14)"""
     cam_threshold: float = 0.1
@@ -99,7 +99,7 @@ class MethodConfig:
     mask_upsampling: int = 1
     """steps of the masks' grid for one of the features'"""
     refinement: Literal["none", "pamr"] = "none"
-    """how training lets the masks follow the image's edges (mcic.refine)"""
+    """masks follow the image's edges in training (mcic.refine)"""
     background_power: float = 1.0
     """α of the background row (1 - saliency)^α, or (1 - max h̃)^α"""
     slots: int = 64
@@ -114,10 +114,12 @@ class MethodConfig:
     """θ: entries below θ times the uniform weight are not read"""
     dropout: float = 0.1
     """dropout of the output embedding O (E10)"""
+    message_gain: float = 1.0
+    """first gain of O's layer norm; below 1, f̃ starts near f"""
     self_read: bool = True
     """an image's contexts enter the bank before it reads; off: afterwards"""
     stop_gradient: bool = True
-    """nothing from the context branch reaches backbone or segmentation head (E16)"""
+    """the context branch trains neither backbone nor head (E16)"""
     pixel_bank: bool = False
     """store every confident pixel, not one context per image and class"""
     ema_momentum: float | None = None
@@ -155,7 +157,7 @@ class MethodConfig:
             _require(0 <= value <= 1, f"method.{name.replace('_', '-')}", "between 0 and 1", value)
         for name in ("slots", "heads", "mask_upsampling"):
             _require(getattr(self, name) >= 1, f"method.{name}", "1 or more", getattr(self, name))
-        for name in ("background_power", "segmentation_weight", "ramp_epochs", "entropy_weight"):
+        for name in ("background_power", "segmentation_weight", "ramp_epochs", "entropy_weight", "message_gain"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, f"method.{name.replace('_', '-')}", "0 or more", value)
         _require(self.ramp_power is None or self.ramp_power >= 1, "method.ramp-power", "1 or more", self.ramp_power)

@@ -81,6 +81,19 @@ def test_absorbed_projections_equal_the_plain_form(heads):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("gain", [0.1, 0.5])
+def test_a_small_gain_starts_near_the_features_and_can_grow(gain):
+    torch.manual_seed(0)
+    whole, small = Propagation(8, dropout=0.0), Propagation(8, dropout=0.0, gain=gain)
+    small.load_state_dict(whole.state_dict() | {"norm.weight": small.norm.weight})
+    bank = torch.randn(3, 4, 8), torch.full((3,), 4, dtype=torch.int32), torch.ones(2, 3, dtype=torch.bool)
+    features = torch.randn(2, 8, 5, 5)
+    update = small(features, *bank).update
+    torch.testing.assert_close(update, gain * whole(features, *bank).update)
+    update.square().sum().backward()
+    assert (small.norm.weight.grad > 0).any()
+
+
 def test_large_banks_take_the_other_form_with_the_same_result():
     module = Propagation(8).double()
     entries, counts = torch.randn(3, 40, 8).double(), torch.tensor([40, 2, 9], dtype=torch.int32)

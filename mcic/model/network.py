@@ -113,7 +113,7 @@ class MCIC(nn.Module):
         weights: initial weights of the backbone.
         classification: `linear` or `deep`.
         bank: False leaves out bank and propagation (the control, CAM masks only, full supervision).
-        slots, bank_dtype, heads, temperature, attention_threshold, dropout: of bank and propagation.
+        slots, bank_dtype, heads, temperature, attention_threshold, dropout, message_gain: of bank and propagation.
         pool_threshold, confidence_rule: T_b and the rule of E5.
         pixel_bank: store every confident pixel instead of one context per image and class.
         stop_gradient: E16.
@@ -135,6 +135,7 @@ class MCIC(nn.Module):
         temperature: float | None = None,
         attention_threshold: float = 0.0,
         dropout: float = 0.1,
+        message_gain: float = 1.0,
         pool_threshold: float = 0.5,
         confidence_rule: str = "paper",
         pixel_bank: bool = False,
@@ -164,7 +165,7 @@ class MCIC(nn.Module):
             self.memory = MemoryBank(spec.num_classes, slots, channels, dtype=bank_dtype, backend=backend)
             self.propagation = Propagation(
                 channels, heads=heads, temperature=temperature, threshold=attention_threshold, dropout=dropout,
-                backend=backend,
+                gain=message_gain, backend=backend,
             )  # fmt: skip
             if ema_momentum is not None:
                 self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()

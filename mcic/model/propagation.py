@@ -40,6 +40,7 @@ class Propagation(nn.Module):
         temperature: τ of E7; None: √(D / heads).
         threshold: θ of the sparse attention.
         dropout: of the output embedding O: linear → dropout → layer norm → ReLU.
+        gain: what the layer norm's gain starts from; below 1, f̃ = f + message starts near f.
         backend: who computes the attention.
     """
 
@@ -51,6 +52,7 @@ class Propagation(nn.Module):
         temperature: float | None = None,
         threshold: float = 0.0,
         dropout: float = 0.1,
+        gain: float = 1.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class Propagation(nn.Module):
         self.output = nn.Linear(channels, channels)
         self.dropout = dropout
         self.norm = nn.LayerNorm(channels)
+        nn.init.constant_(self.norm.weight, gain)
 
     def forward(self, features: Tensor, entries: Tensor, counts: Tensor, class_mask: Tensor) -> Reading:
         """Read the bank.
