@@ -25,16 +25,19 @@ from mcic.model import NetworkSpec, SegmentationNetwork
 from mcic.predictions import find_images, predict_files
 
 DYING = """
-import os, signal, sys
+import os, signal, sys, time
 from mcic.cli import predict, run
 from mcic.segmentation import Segmentation
 
 save, left = Segmentation.save, int(os.environ["DIES_AT"].split(",")[int(os.environ["RANK"])])
+SECOND = os.path.join(sys.argv[sys.argv.index("--out") + 1], ".areas-1.csv")
 
 def save_or_die(self, path):
     global left
     left -= 1
     if left == 0:
+        while os.environ["RANK"] == "0" and not os.path.isfile(SECOND):  # it may be slow to start
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, path)
     with open(os.environ["SAVED"], "a") as file:
