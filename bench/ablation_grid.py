@@ -143,10 +143,11 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """How many processes run at a time, with how many threads, and on which GPUs (none: CPU)."""
+    """How many processes run at a time, with how many threads and loader processes, and on which GPUs (none: CPU)."""
 
     jobs: int
     threads: int
+    workers: int
     gpus: tuple[str, ...]
 
     @classmethod
@@ -161,14 +162,9 @@ class Machine:
         if jobs is None:
             fitting = len(gpus) or min(cores, available_memory(choose_device("cpu")) // MEMORY_OF_A_CELL)
             jobs = max(1, min(fitting, cells))
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        most = int(threads) if threads.isdecimal() and int(threads) else cores
-        return cls(jobs, max(1, min(most, cores // jobs)), gpus)
-
-    @property
-    def workers(self) -> int:
-        """Loader processes beside the one that trains."""
-        return min(8, self.threads - 1)
+        share, given = max(1, cores // jobs), os.environ.get("OMP_NUM_THREADS", "")
+        threads = min(share, int(given)) if given.isdecimal() and int(given) else share
+        return cls(jobs, threads, min(8, share - 1), gpus)
 
     def environment(self, slot: int) -> dict[str, str]:
         """Of the process in one of the `jobs` places."""

@@ -18,10 +18,11 @@ from PIL import Image
 
 from mcic.cli import run
 from mcic.config_io import load_config
-from mcic.data import Dataset, build_data
+from mcic.data import build_data
+from mcic.data.base import IGNORE
 from mcic.durable import write_with
 from mcic.metrics import ConfusionMatrix
-from mcic.predict import Predictor, load
+from mcic.predict import load
 from mcic.preview import contact_sheet, overlay
 
 KINDS = ("win", "loss", "worst")
@@ -29,49 +30,56 @@ KINDS = ("win", "loss", "worst")
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """An image of val with both networks' masks.
+    """An image of val: its place and name in the data set, and the mean IoUs of RUN and OTHER, percent."""
 
-    Attributes:
-        id: in the data set.
-        pixels: uint8 [H, W, 3].
-        truth: uint8 [H, W].
-        masks: of RUN and of OTHER, uint8 [H, W].
-        scores: their mean IoUs, percent.
-    """
-
+    index: int
     id: str
-    pixels: np.ndarray
-    truth: np.ndarray
-    masks: tuple[np.ndarray, np.ndarray]
     scores: tuple[float, float]
 
 
-def compare(first: Path, second: Path) -> tuple[list[Compared], np.ndarray]:
-    """Every image of val that has ground truth, predicted by both runs, and the palette.
+class Comparison:
+    """Two runs on one data set.
 
     Raises:
-        ValueError: a run has no network, or the runs have not the same validation images and classes.
+        ValueError: one is no run or has no network, or they have not the same validation images and classes.
     """
-    data, other = (build_data(load_config(folder / "config.yaml").data).val for folder in (first, second))
-    if (data.ids, data.classes) != (other.ids, other.classes):
-        raise ValueError(f"{first} and {second} must have the same validation images and classes")
-    networks = [load(folder) for folder in (first, second)]
-    return [found for index in range(len(data)) if (found := _compared(data, index, networks))], data.palette
 
+    def __init__(self, first: Path, second: Path) -> None:
+        self.networks = tuple(load(folder) for folder in (first, second))
+        self.data, other = (build_data(load_config(folder / "config.yaml").data).val for folder in (first, second))
+        if (self.data.ids, self.data.classes) != (other.ids, other.classes):
+            raise ValueError(f"{first} and {second} must have the same validation images and classes")
 
-def _compared(data: Dataset, index: int, networks: Sequence[Predictor]) -> Compared | None:
-    pixels, truth = data.image(index), data.mask(index)
-    if truth is None:
-        return None
-    masks = tuple(network.predict(pixels).mask for network in networks)
-    scores = tuple(_score(mask, truth, num_classes=len(data.classes) + 1) for mask in masks)
-    return Compared(data.ids[index], pixels, truth, masks, scores)
+    def images(self) -> list[Compared]:
+        """Those that have ground truth anywhere; raises ValueError where there are none."""
+        found = []
+        for index, name in enumerate(self.data.ids):
+            truth = self.data.mask(index)
+            if truth is not None and (truth != IGNORE).any():
+                found.append(Compared(index, name, tuple(self._score(mask, truth) for mask in self.masks(index))))
+        if not found:
+            raise ValueError(f"the validation images of {self.data.name} have no masks to measure by")
+        return found
 
+    def masks(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """What both networks say of an image, uint8 [H, W] each."""
+        pixels = self.data.image(index)
+        return tuple(network.predict(pixels).mask for network in self.networks)
 
-def _score(mask: np.ndarray, truth: np.ndarray, *, num_classes: int) -> float:
-    matrix = ConfusionMatrix(num_classes)
-    matrix.update(torch.from_numpy(mask), torch.from_numpy(truth))
-    return matrix.miou() or 0.0
+    def _score(self, mask: np.ndarray, truth: np.ndarray) -> float:
+        matrix = ConfusionMatrix(len(self.data.classes) + 1)
+        matrix.update(torch.from_numpy(mask), torch.from_numpy(truth))
+        return matrix.miou()
+
+    def sheet(self, found: dict[str, list[Compared]], *, names: tuple[str, str]) -> np.ndarray:
+        """The images of `chosen` below each other: image, truth and both masks; uint8 [height, width, 3]."""
+        rows, captions = [], []
+        for kind, images in found.items():
+            for image in images:
+                pixels, masks = self.data.image(image.index), (self.data.mask(image.index), *self.masks(image.index))
+                rows.append([pixels, *(overlay(pixels, mask, self.data.palette) for mask in masks)])
+                captions.append(f"{kind}: {image.scores[0]:.0f} against {image.scores[1]:.0f} ({image.id})")
+        return contact_sheet(rows, ["image", "truth", *names], captions)
 
 
 def chosen(images: Sequence[Compared], *, count: int) -> dict[str, list[Compared]]:
@@ -90,17 +98,6 @@ def chosen(images: Sequence[Compared], *, count: int) -> dict[str, list[Compared
     return found
 
 
-def sheet(found: dict[str, list[Compared]], palette: np.ndarray, *, names: tuple[str, str]) -> np.ndarray:
-    """The images of `chosen` below each other: image, truth and both masks; uint8 [height, width, 3]."""
-    rows, captions = [], []
-    for kind, images in found.items():
-        for image in images:
-            masks = (image.truth, *image.masks)
-            rows.append([image.pixels, *(overlay(image.pixels, mask, palette) for mask in masks)])
-            captions.append(f"{kind}: {image.scores[0]:.0f} against {image.scores[1]:.0f} ({image.id})")
-    return contact_sheet(rows, ["image", "truth", *names], captions)
-
-
 def main(argv: list[str]) -> int:
     """Write the sheet and print its captions."""
     parser = argparse.ArgumentParser(prog="python -m bench.pictures", description=__doc__.split("\n")[0])
@@ -111,10 +108,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.count < 1:
         raise ValueError(f"--count must be 1 or more, got {options.count}")
-    images, palette = compare(*options.runs)
-    found = chosen(images, count=options.count)
-    names = tuple(options.names or (folder.name for folder in options.runs))
-    pixels = sheet(found, palette, names=names)
+    comparison = Comparison(*options.runs)
+    found = chosen(comparison.images(), count=options.count)
+    pixels = comparison.sheet(found, names=tuple(options.names or (folder.name for folder in options.runs)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_with(options.out, lambda path: Image.fromarray(pixels).save(path, format="PNG"))
     for kind, shown in found.items():

@@ -122,7 +122,7 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
             if annotated is None:
                 measured[value].append((color_information(mask, item.pixels), edge_contrast(mask, item.pixels)))
             else:
-                truth = _truth(annotated[item.index], mask.shape, len(run.data.train.classes))
+                truth = _truth(annotated[item.index], item, len(run.data.train.classes))
                 confusion[value].update(torch.from_numpy(mask), torch.from_numpy(truth))
     if annotated is None:
         scores = {value: float(np.prod(np.mean(measured[value], axis=0))) for value in values}
@@ -169,7 +169,7 @@ def _with(method: MethodConfig, field: str, value: float) -> MethodConfig:
 def _masks(
     run: RestoredRun, indices: Any, field: str, values: tuple[float, ...]
 ) -> Iterator[tuple[EvalItem, dict[float, np.ndarray]]]:
-    """Every image with its CAM mask, uint8 [H, W], for every value of the field.
+    """Every image with its CAM mask, uint8 [H, W], for every value of the field, as it is before any refinement.
 
     α is compared where every pixel has a label, for it decides which one; T_a decides which labels to trust.
     """
@@ -206,15 +206,15 @@ def _annotated(folder: Path, ids: list[str]) -> dict[int, Path]:
     return found
 
 
-def _truth(path: Path, shape: tuple[int, ...], num_classes: int) -> np.ndarray:
+def _truth(path: Path, item: EvalItem, num_classes: int) -> np.ndarray:
     """The annotated mask at the size at which the image was read."""
-    mask = fitted(read_mask(path), max(shape), NEAREST)
-    if mask.shape != shape:
-        raise ValueError(f"{path} is {mask.shape[1]}×{mask.shape[0]}, its image {shape[1]}×{shape[0]}")
+    mask, (height, width) = read_mask(path), item.full_size
+    if mask.shape != (height, width):
+        raise ValueError(f"{path} is {mask.shape[1]}×{mask.shape[0]}, its image {width}×{height}")
     largest = int(mask.max(where=mask != IGNORE, initial=0))
     if largest > num_classes:
         raise ValueError(f"{path} has the value {largest}: expected 0…{num_classes} or {IGNORE} (ignore)")
-    return mask
+    return fitted(mask, max(item.pixels.shape[:2]), NEAREST)
 
 
 def _entropy(shares: np.ndarray) -> float:

@@ -89,7 +89,7 @@ class MethodConfig:
     context: Literal["bank", "self", "none"] = "bank"
     """bank: the method | self: M' from s, no bank (the control) | none: CAM masks only"""
     supervision: Literal["tags", "full", "masks"] = "tags"
-    """tags | full: ground truth, the ceiling | masks: of data.masks"""
+    """tags: image labels | full: ground truth | masks: data.masks"""
     masks: tuple[MaskName, ...] = ("cam", "context", "merged")
     """which of M, M', M'' supervise the segmentation head (E14)"""
     cam_threshold: float = 0.1
@@ -157,13 +157,14 @@ class MethodConfig:
             _require(0 <= value <= 1, f"method.{name.replace('_', '-')}", "between 0 and 1", value)
         for name in ("slots", "heads", "mask_upsampling"):
             _require(getattr(self, name) >= 1, f"method.{name}", "1 or more", getattr(self, name))
-        for name in ("background_power", "segmentation_weight", "ramp_epochs", "entropy_weight", "message_gain"):
+        for name in ("background_power", "segmentation_weight", "ramp_epochs", "entropy_weight"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, f"method.{name.replace('_', '-')}", "0 or more", value)
         _require(self.ramp_power is None or self.ramp_power >= 1, "method.ramp-power", "1 or more", self.ramp_power)
         _require(self.cam_floor is None or 0 <= self.cam_floor <= 1, "method.cam-floor", "0 to 1", self.cam_floor)
         _require(self.attention_threshold >= 0, "method.attention-threshold", "0 or more", self.attention_threshold)
         _require(self.temperature is None or self.temperature > 0, "method.temperature", "positive", self.temperature)
+        _require(0 < self.message_gain < math.inf, "method.message-gain", "positive", self.message_gain)
         _require(0 <= self.dropout < 1, "method.dropout", "from 0 to below 1", self.dropout)
         _require(
             self.ema_momentum is None or 0 <= self.ema_momentum < 1,

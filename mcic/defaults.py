@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SETTLED = ("data.long_side", "train.size", "train.precision", "train.batch_size", "train.epochs")
 """what `settle` fills, in its order"""
 SIDES = (336, 512)
-"""pixels that photographs' longer sides are brought between: about the size for which backbones and scales are made"""
+"""least and most pixels that the longer side of photographs is brought to: the size for which backbones are made"""
 LARGEST_CROP = 321
 """the paper's"""
 LARGEST_BATCH = 16
@@ -34,7 +34,7 @@ def settle(config: Config, train: Dataset, device: torch.device) -> Config:
     """Fill what is unset from the training images and the machine, and say what was chosen.
 
     - `data.long_side`: the middle image's longer side, at least 336 and at most 512: all images get one size.
-    - `train.size`: the crop nearest to the middle image's shorter side that features tile, at most 321.
+    - `train.size`: the crop nearest to the middle image's shorter side, as it is read, that features tile; at most 321.
     - `train.precision`: bf16 on a GPU that computes in it, else fp32.
     - `train.batch_size`: 16 on a GPU and 8 on a CPU, halved until the activations of a training step, measured on one
       image, take at most half of the free memory and the images fill at least four batches.
@@ -55,7 +55,7 @@ def settle(config: Config, train: Dataset, device: torch.device) -> Config:
             chosen[name] = value()
             config = _replaced(config, group, field, chosen[name])
 
-    choose("data.long_side", lambda: min(max(SIDES[0], round(_median(train, max))), SIDES[1]))
+    choose("data.long_side", lambda: min(max(SIDES[0], _median(train, max)), SIDES[1]))
     choose("train.size", lambda: _crop(config, model.network.stride, train))
     choose("train.precision", lambda: "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
     choose("train.batch_size", lambda: _batch_size(config, model, len(train), device))
@@ -75,15 +75,16 @@ def fill_unset(config: Config, stored: Config) -> Config:
     return config
 
 
-def step_memory(model: MCIC, size: int) -> tuple[int, int]:
+def step_memory(model: MCIC, size: int, *, averages: int = 1) -> tuple[int, int]:
     """Bytes that a training step needs: (for each image of the batch, whatever the batch).
 
     The first are the tensors in fp32 that autograd keeps of the network's forward pass, the second weights, gradients
-    and momentum. Masks, context branch and the convolutions' scratch memory come on top.
+    and the optimizer's averages. Masks, context branch and the convolutions' scratch memory come on top.
 
     Args:
         model: on the device `meta`: nothing is computed.
         size: side of the crop, pixels.
+        averages: that the optimizer keeps of each gradient: `sgd` one, `adamw` two.
     """
     kept: dict[int, int] = {}
 
@@ -98,8 +99,8 @@ def step_memory(model: MCIC, size: int) -> tuple[int, int]:
     del prediction
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     activations = sum(nbytes for storage, nbytes in kept.items() if storage not in own)
-    fixed = 3 * sum(parameter.nbytes for parameter in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    return activations // images, fixed
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return activations // images, (2 + averages) * weights + sum(buffer.nbytes for buffer in model.buffers())
 
 
 def _skeleton(config: Config, num_classes: int) -> MCIC:
@@ -111,7 +112,8 @@ def _skeleton(config: Config, num_classes: int) -> MCIC:
 
 def _batch_size(config: Config, model: MCIC, num_images: int, device: torch.device) -> int:
     """Rank 0's answer: free memory may differ between machines."""
-    per_image, fixed = step_memory(model, config.train.size)
+    averages = 2 if config.train.optimizer == "adamw" else 1
+    per_image, fixed = step_memory(model, config.train.size, averages=averages)
     if config.train.precision != "fp32":
         per_image //= 2
     room = available_memory(device) // 2 - fixed
@@ -130,7 +132,7 @@ def _crop(config: Config, stride: int, train: Dataset) -> int:
     return max(1, round((min(shorter, LARGEST_CROP) - 1) / stride)) * stride + 1
 
 
-def _median(train: Dataset, side: Any) -> float:
+def _median(train: Dataset, side: Any) -> int:
     """The middle one of the images' longer (`max`) or shorter (`min`) sides, from at most 200 of them."""
     step = max(1, len(train) // 200)
     sides = sorted(side(train.size(index)) for index in range(0, len(train), step))

@@ -196,7 +196,7 @@ def check_batches(model: Path, images: Sequence[str | Path], card: dict[str, Any
         pixels = [val.image(index) for index in range(len(val))]
     else:
         raise ValueError(f"{model} is no run, so it has no images to compare on: give some with --images")
-    pixels = [fitted(image, card.get("long_side") or min(1024, max(image.shape)), BILINEAR) for image in pixels]
+    pixels = [fitted(image, card.get("long_side") or min(1024, max(image.shape[:2])), BILINEAR) for image in pixels]
     height, width = pixels[0].shape[:2]
     piece = pixels[0][: max(2, height // 2 + 1), : max(2, width * 2 // 3)]
     return [image[None] for image in pixels] + [piece[None], np.stack([piece, piece[:, ::-1]])]

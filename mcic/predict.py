@@ -6,6 +6,7 @@ An image is a path, a Pillow image, a numpy array or a tensor of any size; see `
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ TILE = 1536
 """largest side, pixels, that goes through the network at once"""
 
 BATCH_PIXELS = 2**20
-"""images of one size share a batch up to this many pixels"""
+"""images of one size share a batch up to this many pixels, in their files or as the network sees them"""
 
 
 def load(
@@ -150,8 +151,8 @@ class Predictor:
         Args:
             images: any iterable, also one without end.
             tags: as for `predict`, the same for all images.
-            batch_pixels: wait for neighbours of the same size until a batch has that many pixels, for speed on a GPU;
-                0: answer every image at once.
+            batch_pixels: wait for neighbours of the same size until a batch has that many pixels, in their files or as
+                the network sees them, for speed on a GPU; 0: answer every image at once.
         """
         return self._stream(map(pixels_of, images), self.allowed(tags), batch_pixels)
 
@@ -162,11 +163,16 @@ class Predictor:
                 yield from self._segment(waiting, allowed)
                 waiting = []
             waiting.append(pixels)
-            if (len(waiting) + 1) * pixels[..., 0].size > batch_pixels:
+            if (len(waiting) + 1) * self._area(pixels) > batch_pixels:
                 yield from self._segment(waiting, allowed)
                 waiting = []
         if waiting:
             yield from self._segment(waiting, allowed)
+
+    def _area(self, image: np.ndarray) -> int:
+        """Pixels of an image in its file or as the network sees it, whichever are more."""
+        height, width = image.shape[:2]
+        return math.ceil(height * width * max(1.0, self.long_side / max(height, width)) ** 2)
 
     def allowed(self, tags: Iterable[str] | None) -> Tensor:
         """bool [K] on the device: the classes that `tags` leave; raises ValueError for a class that is not known."""
@@ -201,7 +207,7 @@ class Predictor:
                 raise
             raise ValueError(
                 f"the memory of {self.device} does not hold {len(images)} images in pieces of up to {self.tile} pixels "
-                "a side: choose a smaller tile"
+                "a side: choose a smaller tile or long side"
             ) from error
         kept = [None] * len(images) if probabilities is None else probabilities
         return [Segmentation(mask, confidence, self.classes, self.palette, pixels, values)

@@ -128,12 +128,17 @@ def tiled_protocol(
 def enlarged(scores: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
     """Bilinear interpolation of scores [C, h, w] to `size`, a band of rows at a time, each of at most 256 MiB.
 
-    Pixels are areas: the first and last lie half a pixel inside, as where images are resized.
+    Pixels are areas: the first and last lie half a pixel inside, as where images are resized. Where `size` is smaller,
+    all pixels count (antialiasing), and there is one band.
 
     Yields:
         rows, scores f32 [C, len(rows), width].
     """
     height, width = size
+    if height <= scores.shape[1] and width <= scores.shape[2]:
+        small = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False, antialias=True)
+        yield slice(0, height), small[0]
+        return
     band = max(1, _BAND_VALUES // (len(scores) * width))
     for top in range(0, height, band):
         rows = torch.arange(top, min(top + band, height), device=scores.device)

@@ -23,7 +23,7 @@ from mcic.data import build_data
 from mcic.data.shapes import Shapes
 from mcic.presets import PRESETS, preset
 
-ONE = Machine(1, 1, ())
+ONE = Machine(1, 1, 0, ())
 NAMES = [row.name for row in rows()]
 TINY = ("--data.train-images", "12", "--data.val-images", "3", "--train.epochs", "1", "--train.batch-size", "4",
         "--eval.mask-images", "3", "--run.device", "cpu")  # fmt: skip
@@ -272,11 +272,11 @@ def test_machine_shares_cores_and_gpus(monkeypatch):
     machine = Machine.fit("auto", jobs=None, cells=20)
     assert (machine.jobs, machine.threads, machine.workers) == (2, 8, 7)
     assert [machine.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1, 2)] == ["0", "3", "0"]
-    assert Machine.fit("cpu", jobs=None, cells=20) == Machine(4, 4, ())
-    assert Machine.fit("cpu", jobs=None, cells=2) == Machine(2, 8, ())
-    assert Machine.fit("cpu", jobs=32, cells=2) == Machine(32, 1, ())
+    assert Machine.fit("cpu", jobs=None, cells=20) == Machine(4, 4, 3, ())
+    assert Machine.fit("cpu", jobs=None, cells=2) == Machine(2, 8, 7, ())
+    assert Machine.fit("cpu", jobs=32, cells=2) == Machine(32, 1, 0, ())
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert Machine.fit("cpu", jobs=None, cells=2) == Machine(2, 3, ())
+    assert Machine.fit("cpu", jobs=None, cells=2) == Machine(2, 3, 7, ())
 
 
 # Data

@@ -135,6 +135,9 @@ def test_a_mask_of_the_wrong_size_or_value_is_refused(run, tmp_path):
     Image.fromarray(np.zeros((97, 50), np.uint8)).save(path)
     with pytest.raises(ValueError, match="is 50×97, its image 97×97"):
         calibrate(run, masks=tmp_path / "drawn")
+    Image.fromarray(np.zeros((194, 194), np.uint8)).save(path)
+    with pytest.raises(ValueError, match="is 194×194, its image 97×97"):
+        calibrate(run, masks=tmp_path / "drawn")
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"field": "lr", "chosen": 1.0}', "["])

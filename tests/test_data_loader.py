@@ -261,6 +261,10 @@ def test_images_are_brought_to_one_size_with_all_that_belongs_to_them(long_side)
         assert item.image.shape == (3, height, long_side)
         assert item.saliency.shape == (height, long_side)
         assert item.mask is None or item.mask.shape == (height, long_side)
+        image, mask = data.image(index), data.mask(index)
+        assert (item.pixels == Image.fromarray(image).resize((long_side, height), Image.Resampling.BILINEAR)).all()
+        if mask is not None:
+            assert (item.mask.numpy() == Image.fromarray(mask).resize((long_side, height), 0)).all()
 
 
 def test_images_stay_as_they_are_where_no_side_is_set():

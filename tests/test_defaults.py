@@ -107,6 +107,7 @@ def test_the_memory_is_that_of_the_tensors_kept_for_the_backward_pass():
     per_image, fixed = step_memory(model, 10)
     assert per_image == 4 * (3 + 8) * 10 * 10  # the images, and the sigmoid's output, which two layers share
     assert fixed == 3 * 4 * (3 * 8 * 9 + 8 * 2)
+    assert step_memory(model, 10, averages=2) == (per_image, 4 * 4 * (3 * 8 * 9 + 8 * 2))
 
 
 def test_what_is_set_stays_and_the_rest_is_said(caplog):

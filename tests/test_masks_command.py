@@ -57,9 +57,16 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory):
-    """A run without a bank, whose images were reduced to 32 pixels."""
+    """A run without a bank, whose images were read at 32 pixels."""
     groups = {"method": {"context": "none"}, "data": {"long_side": 32}}
     return make_run(tmp_path_factory.mktemp("runs") / "plain", **groups)
+
+
+@pytest.fixture(scope="module")
+def enlarged_run(tmp_path_factory):
+    """The same, read at 80 pixels instead of 56."""
+    groups = {"method": {"context": "none"}, "data": {"long_side": 80}}
+    return make_run(tmp_path_factory.mktemp("runs") / "enlarged", **groups)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +165,10 @@ def test_unsure_pixels_are_ignored_and_keep_their_confidence():
     assert decide(probabilities, unsure=0.5)[0].tolist() == [[[0, 1, 0]]]
 
 
-def test_reduced_images_have_masks_of_their_full_size(plain_run, tmp_path):
-    manifest = write_masks(plain_run, MaskSettings(scales=(1.0,), refine="pamr"), out=tmp_path / "masks")
+@pytest.mark.parametrize("which", ["plain_run", "enlarged_run"])
+def test_masks_have_the_full_size_of_their_images(which, tmp_path, request):
+    run = request.getfixturevalue(which)
+    manifest = write_masks(run, MaskSettings(scales=(1.0,), refine="pamr"), out=tmp_path / "masks")
     assert manifest["settings"]["source"] == "network"
     assert all(mask.shape == (40, 56) for mask in pixels(tmp_path / "masks").values())
     assert manifest["measured"]["mask_miou"] is not None

@@ -81,6 +81,13 @@ def test_absorbed_projections_equal_the_plain_form(heads):
         torch.set_default_dtype(torch.float32)
 
 
+def test_the_gain_is_the_configured_one():
+    model, _ = make(message_gain=0.25)
+    assert (model.propagation.norm.weight == 0.25).all()
+    with pytest.raises(ValueError, match=r"method\.message-gain must be positive, got 0"):
+        make(message_gain=0)
+
+
 @pytest.mark.parametrize("gain", [0.1, 0.5])
 def test_a_small_gain_starts_near_the_features_and_can_grow(gain):
     torch.manual_seed(0)

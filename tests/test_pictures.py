@@ -5,14 +5,14 @@ import pytest
 from PIL import Image
 from runs import short
 
+import mcic
 from bench import pictures
-from bench.pictures import Compared, chosen
+from bench.pictures import Compared, Comparison, chosen
 from mcic.trainer import Trainer
 
 
 def image(name, first, second):
-    blank = np.zeros((4, 4), np.uint8)
-    return Compared(name, np.zeros((4, 4, 3), np.uint8), blank, (blank, blank), (first, second))
+    return Compared(ord(name), name, (first, second))
 
 
 def names(found):
@@ -31,13 +31,6 @@ def test_what_is_no_loss_is_not_called_one():
     }  # fmt: skip
 
 
-def test_the_score_is_the_mean_iou_of_the_classes_shown():
-    truth = np.array([[0, 0, 1, 1, 255]], np.uint8)
-    assert pictures._score(np.array([[0, 0, 1, 0, 2]], np.uint8), truth, num_classes=3) == pytest.approx(
-        100 * (2 / 3 + 1 / 2) / 2
-    )
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
@@ -45,6 +38,16 @@ def runs(tmp_path_factory):
         Trainer(short(root / name, method={"context": context}, train={"epochs": 1})).fit()
     Trainer(short(root / "others", data={"val_images": 3}, train={"epochs": 1})).fit()
     return root
+
+
+def test_scores_are_those_of_the_networks_in_their_order(runs):
+    there, back = Comparison(runs / "memory", runs / "alone"), Comparison(runs / "alone", runs / "memory")
+    assert [image.scores for image in there.images()] == [image.scores[::-1] for image in back.images()]
+    first, truth = there.images()[0], there.data.mask(0)
+    mask = mcic.load(runs / "memory").predict(there.data.image(0)).mask
+    ious = [100 * ((mask == k) & (truth == k)).sum() / ((mask == k) | (truth == k)).sum() for k in np.unique(truth)]
+    assert first.scores[0] == pytest.approx(np.mean(ious))
+    assert first.scores[0] != first.scores[1]
 
 
 def test_the_command_draws_two_runs(runs, tmp_path, capsys):

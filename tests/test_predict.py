@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import mcic
-from mcic import tiles
+from mcic import predict, tiles
 from mcic.areas import AreaTable
 from mcic.checkpoint import save_network
 from mcic.cli import run
@@ -24,6 +24,7 @@ from mcic.data.images import normalize, read_mask
 from mcic.data.palette import voc_palette
 from mcic.inference import dense_protocol
 from mcic.model import NetworkSpec, SegmentationNetwork
+from mcic.predict import Predictor
 from mcic.predictions import find_images, predict_files
 from mcic.segmentation import Segmentation
 from mcic.tiles import enlarged, spans, tiled_protocol
@@ -147,6 +148,15 @@ def test_batches_and_streams_give_what_single_images_give(predictor):
             np.testing.assert_allclose(result.confidence, expected.confidence, atol=1e-4)
 
 
+def test_small_images_share_a_batch_by_what_the_network_sees(predictor, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH_PIXELS", 3 * 64 * 64)
+    larger = Predictor(predictor.network, classes=CLASSES, palette=predictor.palette, device="cpu", long_side=64)
+    seen, segment = [], larger._segment
+    monkeypatch.setattr(larger, "_segment", lambda images, *rest: seen.append(len(images)) or segment(images, *rest))
+    assert len(larger.predict_batch([photo(16, 16, number) for number in range(7)])) == 7
+    assert seen == [3, 3, 1]
+
+
 def test_a_stream_takes_no_more_than_it_needs(predictor):
     taken = []
 
@@ -226,6 +236,15 @@ def test_large_images_are_predicted_in_tiles(folder, predictor):
     np.testing.assert_allclose(result.confidence, whole.confidence, atol=1e-4)
 
 
+def test_where_there_are_fewer_pixels_all_scores_count():
+    ((rows, small),) = enlarged(torch.arange(64.0).view(1, 8, 8), (2, 2))
+    assert rows == slice(0, 2)
+    torch.testing.assert_close(small.mean(), torch.tensor(31.5))
+    one_hot = torch.zeros(1, 8, 8)
+    one_hot[0, 0, 3] = 1
+    assert next(enlarged(one_hot, (2, 2)))[1].sum() > 0.01
+
+
 @pytest.mark.parametrize("size", [(50, 70), (23, 200), (7, 9), (6, 6)])
 def test_enlarging_in_bands_is_interpolation(size, monkeypatch):
     monkeypatch.setattr(tiles, "_BAND_VALUES", 3 * 70 * 4)
@@ -242,7 +261,7 @@ def test_images_are_brought_to_the_size_of_training(size, folder, predictor, tmp
     pixels = photo(90, 128)
     result = mcic.load(tmp_path, device="cpu").predict(pixels)
     seen = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
-    scores = F.interpolate(logits_of(predictor, seen)[None], size=(90, 128), mode="bilinear")[0]
+    scores = F.interpolate(logits_of(predictor, seen)[None], size=(90, 128), mode="bilinear", antialias=True)[0]
     assert (result.mask == scores.argmax(0).numpy()).mean() > 0.999
     assert result.pixels.shape == pixels.shape
     unchanged = mcic.load(tmp_path, device="cpu", long_side=0).predict(pixels)

@@ -36,7 +36,8 @@ def save_or_die(self, path):
     global left
     left -= 1
     if left == 0:
-        while os.environ["RANK"] == "0" and not os.path.isfile(SECOND):  # it may be slow to start
+        end = time.monotonic() + 60
+        while os.environ["RANK"] == "0" and not os.path.isfile(SECOND) and time.monotonic() < end:  # slow to start
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, path)

@@ -30,7 +30,7 @@ class MasksArgs:
     """network: s | context: with the memory | cam: heatmaps | merged: mean of context and cam; None: merged where the
     run has a memory, else network"""
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)
-    """sizes of the image at which the network looks at it, 0.1…10 times its own"""
+    """sizes at which the network looks at an image, 0.1…10 times that at which the run read it"""
     flip: bool = True
     """also at its mirror image"""
     refine: Literal["crf", "pamr", "none"] = "crf"

@@ -44,11 +44,12 @@ def build_data(config: DataConfig) -> Splits:
         if count is not None and count < 1:
             raise ValueError(f"--data.{flag} must be 1 or more, got {count}")
     if config.name == "shapes":
-        return _shapes(config)
-    splits = _read(config)
-    for part, count in ((splits.train, config.train_images), (splits.val, config.val_images)):
-        part.subset(count)
-        part.long_side = config.long_side or 0
+        splits = _shapes(config)
+    else:
+        splits = _read(config)
+        splits.train.subset(config.train_images)
+        splits.val.subset(config.val_images)
+    splits.train.long_side = splits.val.long_side = config.long_side or 0
     return splits
 
 

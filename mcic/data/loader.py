@@ -171,7 +171,7 @@ class EvalItem:
 
     Attributes:
         index: its place in the data set.
-        full_size: (height, width) of the image in its file.
+        full_size: (height, width) of the upright image, before it was brought to `long_side`.
         image: f32 [3, H, W], normalised.
         pixels: uint8 [H, W, 3] RGB.
         tags: bool [L].

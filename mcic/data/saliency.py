@@ -42,7 +42,7 @@ class SaliencySource(Protocol):
     """Gives the saliency map of an image of a data set."""
 
     def __call__(self, dataset: Dataset, index: int, image: np.ndarray) -> np.ndarray:
-        """f32 [H, W] in 0…1, 1 salient, of `image`, uint8 [H, W, 3], which is `dataset.image(index)`."""
+        """f32 [H, W] in 0…1, 1 salient, of `image`, uint8 [H, W, 3]: `dataset.image(index)` at `dataset.long_side`."""
 
 
 def build_saliency(spec: str, *, cache: str | None) -> SaliencySource | None:

@@ -40,7 +40,7 @@ class Propagation(nn.Module):
         temperature: τ of E7; None: √(D / heads).
         threshold: θ of the sparse attention.
         dropout: of the output embedding O: linear → dropout → layer norm → ReLU.
-        gain: what the layer norm's gain starts from; below 1, f̃ = f + message starts near f.
+        gain: what the layer norm's gain starts from, above 0; below 1, f̃ = f + message starts near f.
         backend: who computes the attention.
     """
 
