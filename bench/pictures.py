@@ -25,8 +25,6 @@ from mcic.metrics import ConfusionMatrix
 from mcic.predict import load
 from mcic.preview import contact_sheet, overlay
 
-KINDS = ("win", "loss", "worst")
-
 
 @dataclass(frozen=True, slots=True)
 class Compared:
@@ -83,7 +81,7 @@ class Comparison:
 
 
 def chosen(images: Sequence[Compared], *, count: int) -> dict[str, list[Compared]]:
-    """Up to `count` images of each of `KINDS`, the clearest first; none stands twice."""
+    """Up to `count` images of each kind (win, loss, worst), the clearest first; none stands twice."""
     orders = {
         "win": lambda image: image.scores[1] - image.scores[0],
         "loss": lambda image: image.scores[0] - image.scores[1],

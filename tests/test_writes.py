@@ -164,7 +164,7 @@ def assert_goes_on(run: Path, whole: Whole) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in whole.weights.items())
 
 
-def fail_at(place: str, run: Path, whole: Whole, *, code: int) -> None:
+def assert_outlives(place: str, run: Path, whole: Whole, *, code: int) -> None:
     """The last write of a kind fails: a warning and the run goes on, or a sentence and it can be resumed."""
     outcome = attempt(train(run), Fault(run, place, whole.places[place], code=code))
     assert_clear(outcome, run)
@@ -198,13 +198,13 @@ PLACES = {
 @pytest.mark.parametrize("start", PLACES)
 def test_a_write_that_fails(start, whole, tmp_path):
     place = next(place for place in whole.places if place.startswith(start))
-    fail_at(place, tmp_path / "run", whole, code=PLACES[start])
+    assert_outlives(place, tmp_path / "run", whole, code=PLACES[start])
 
 
 @pytest.mark.faults
 def test_every_write_that_fails(whole, tmp_path):
     for number, place in enumerate(whole.places):
-        fail_at(place, tmp_path / f"run-{number}", whole, code=(errno.ENOSPC, errno.EROFS)[number % 2])
+        assert_outlives(place, tmp_path / f"run-{number}", whole, code=(errno.ENOSPC, errno.EROFS)[number % 2])
     print(f"{len(whole.places)} places: every checkpoint whole, nothing half written, every run could go on")
 
 
