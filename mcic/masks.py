@@ -46,7 +46,7 @@ from mcic.pseudo import IGNORE, cam_scores, with_background
 from mcic.refine import Method, refine
 from mcic.restore import RestoredRun, restore_run
 from mcic.segmentation import save_image, save_mask
-from mcic.tiles import enlarged
+from mcic.tiles import resized
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def _mask(restored: RestoredRun, settings: MaskSettings, item: EvalItem) -> tupl
 def _at_full_size(probabilities: Tensor, item: EvalItem, *, unsure: float) -> tuple[np.ndarray, np.ndarray]:
     """Decide over [K, h, w] at the image's full size, uint8 [H, W] twice: only its own classes, a band at a time."""
     own = with_background(item.tags[None])[0].nonzero()[:, 0]
-    bands = enlarged(probabilities[own.to(probabilities.device)], tuple(item.full_size))
+    bands = resized(probabilities[own.to(probabilities.device)], tuple(item.full_size))
     decided = [[part[0].cpu().numpy() for part in decide(wide[None], unsure=unsure)] for _, wide in bands]
     place, confidence = (np.concatenate(parts) for parts in zip(*decided, strict=True))
     values = np.full(256, IGNORE, np.uint8)

@@ -25,7 +25,7 @@ from mcic.inference import PROTOCOLS, dense_protocol
 from mcic.model import SegmentationNetwork
 from mcic.segmentation import Segmentation
 from mcic.suggest import nearest
-from mcic.tiles import enlarged, tiled_protocol
+from mcic.tiles import resized, tiled_protocol
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -223,7 +223,7 @@ class Predictor:
         for (batch, rows, columns), scores in self._seen_scores(seen):
             small[batch, :, rows, columns] = scores
         for place, scores in enumerate(small):
-            for rows, wide in enlarged(scores, images[0].shape[:2]):
+            for rows, wide in resized(scores, images[0].shape[:2]):
                 yield (slice(place, place + 1), rows, slice(None)), wide[None]
 
     def _seen_scores(self, images: list[np.ndarray]) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:

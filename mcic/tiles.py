@@ -125,7 +125,7 @@ def tiled_protocol(
         above = torch.cat(below, -1)
 
 
-def enlarged(scores: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+def resized(scores: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
     """Bilinear interpolation of scores [C, h, w] to `size`, a band of rows at a time, each of at most 256 MiB.
 
     Pixels are areas: the first and last lie half a pixel inside, as where images are resized. Where `size` is smaller,

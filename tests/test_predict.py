@@ -27,7 +27,7 @@ from mcic.model import NetworkSpec, SegmentationNetwork
 from mcic.predict import Predictor
 from mcic.predictions import find_images, predict_files
 from mcic.segmentation import Segmentation
-from mcic.tiles import enlarged, spans, tiled_protocol
+from mcic.tiles import resized, spans, tiled_protocol
 
 CLASSES = ("ant", "cat", "dog")
 
@@ -237,19 +237,19 @@ def test_large_images_are_predicted_in_tiles(folder, predictor):
 
 
 def test_where_there_are_fewer_pixels_all_scores_count():
-    ((rows, small),) = enlarged(torch.arange(64.0).view(1, 8, 8), (2, 2))
+    ((rows, small),) = resized(torch.arange(64.0).view(1, 8, 8), (2, 2))
     assert rows == slice(0, 2)
     torch.testing.assert_close(small.mean(), torch.tensor(31.5))
     one_hot = torch.zeros(1, 8, 8)
     one_hot[0, 0, 3] = 1
-    assert next(enlarged(one_hot, (2, 2)))[1].sum() > 0.01
+    assert next(resized(one_hot, (2, 2)))[1].sum() > 0.01
 
 
 @pytest.mark.parametrize("size", [(50, 70), (23, 200), (7, 9), (6, 6)])
-def test_enlarging_in_bands_is_interpolation(size, monkeypatch):
+def test_resizing_in_bands_is_interpolation(size, monkeypatch):
     monkeypatch.setattr(tiles, "_BAND_VALUES", 3 * 70 * 4)
     scores = torch.randn(3, 6, 6)
-    bands = list(enlarged(scores, size))
+    bands = list(resized(scores, size))
     expected = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(torch.cat([band for _, band in bands], 1), expected)
     assert [rows.start for rows, _ in bands] == [0, *(rows.stop for rows, _ in bands[:-1])]
