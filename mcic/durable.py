@@ -37,6 +37,13 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write with `write_with`, in a folder and those below it."""
+    for partial in folder.rglob(".*.partial"):
+        if partial.name.split(".")[-2].isdecimal():
+            remove(partial)
+
+
 def named(error: OSError, path: Path) -> OSError:
     """The same error, of `path`."""
     return OSError(error.errno, error.strerror, str(path)) if error.errno else OSError(f"{path}: {error}")

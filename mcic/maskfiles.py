@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcic import distributed
-from mcic.durable import write_text
+from mcic.durable import remove_partials, write_text
 
 SETTINGS, MANIFEST, COCO = "settings.json", "masks.json", "coco.json"
 PARTS = ("labels", "confidence")
@@ -44,12 +44,14 @@ def claim_folder(folder: Path, record: dict[str, Any], *, overwrite: bool) -> No
     distributed.barrier()  # every rank has looked before the first one writes
     if distributed.rank() == 0:
         if overwrite:
-            for old in (folder / MANIFEST, folder / COCO, *_images(folder)):
+            masks = [file for part in PARTS for file in (folder / part).glob("*.png")]
+            for old in (folder / MANIFEST, folder / COCO, *masks):
                 old.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, record)  # first: what follows is ours
         for part in PARTS:
             (folder / part).mkdir(exist_ok=True)
+            remove_partials(folder / part)
     distributed.barrier()
 
 
@@ -70,8 +72,3 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
-
-
-def _images(folder: Path) -> list[Path]:
-    """The masks, and what a command that was killed had begun."""
-    return [file for part in PARTS for kind in ("*.png", ".*.partial") for file in (folder / part).glob(kind)]

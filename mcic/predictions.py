@@ -36,7 +36,7 @@ from mcic.areas import AreaTable
 from mcic.data.names import is_text
 from mcic.data.shards import images_of, names_shards
 from mcic.data.tags import key_of, read_table
-from mcic.durable import write_text
+from mcic.durable import remove_partials, write_text
 from mcic.pictures import readable_suffixes
 from mcic.predict import Predictor
 from mcic.segmentation import Segmentation, save_image
@@ -239,6 +239,8 @@ def _claimed_table(out: Path, settings: dict[str, Any], order: Sequence[Path], *
     differs = _differs(out, settings, overwrite=overwrite)
     distributed.barrier()  # every rank has looked before the first one writes
     if distributed.rank() == 0:
+        for folder in _FILES:
+            remove_partials(out / folder)
         table = AreaTable(out)
         table.take_over(order)
         if differs:

@@ -196,6 +196,7 @@ def test_an_interrupted_command_continues(run, tmp_path, monkeypatch):
     assert_same_masks(pixels(tmp_path / "part"), pixels(tmp_path / "whole"))
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert (tmp_path / "part" / "masks.json").is_file()
+    assert not list((tmp_path / "part").rglob("*.partial"))
 
 
 def test_a_file_is_whole_or_not_there(run, tmp_path, monkeypatch):

@@ -10,18 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from networks import save_random_network
 from PIL import Image
 from shards import encoded, write_shard
 from trees import scene
 
 import mcic
 from mcic import distributed
-from mcic.checkpoint import save_network
 from mcic.cli import run
 from mcic.cli.predict import main
-from mcic.data.palette import voc_palette
-from mcic.model import NetworkSpec, SegmentationNetwork
 from mcic.predictions import find_images, predict_files
 
 DYING = """
@@ -51,10 +48,8 @@ sys.exit(run("mcic", predict.main, sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    torch.manual_seed(3)
-    network = SegmentationNetwork(NetworkSpec("tiny", None, "linear", 4)).eval()
     path = tmp_path_factory.mktemp("model")
-    save_network(path, network, classes=("ant", "cat", "dog"), palette=voc_palette(4).tolist())
+    save_random_network(path)
     return path
 
 
