@@ -60,7 +60,7 @@ def refine_rows(rows: Tensor, images: Tensor, *, method: Literal["none", "pamr"]
     step = max(1, round((images.shape[-1] - 1) / max(1, rows.shape[-1] - 1)))
     dilations = tuple(sorted({max(1, round(dilation / step)) for dilation in DILATIONS}))
     small = F.interpolate(images.float(), size=rows.shape[-2:], mode="bilinear", align_corners=True)
-    return pamr(rows, small, dilations=dilations)
+    return pamr(rows, small, dilations=dilations, skip_zeros=not rows.is_cuda)
 
 
 @torch.no_grad()
@@ -87,8 +87,9 @@ def dense_crf(
 
 @torch.no_grad()
 def pamr(
-    probabilities: Tensor, images: Tensor, *, dilations: tuple[int, ...] = DILATIONS, iterations: int = 10
-) -> Tensor:
+    probabilities: Tensor, images: Tensor, *, dilations: tuple[int, ...] = DILATIONS, iterations: int = 10,
+    skip_zeros: bool = True,
+) -> Tensor:  # fmt: skip
     """Pixel-adaptive mask refinement (Araslanov & Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR
     2020): every pixel takes the mean of its neighbours' probabilities, again and again, weighted by likeness of colour.
 
@@ -102,6 +103,7 @@ def pamr(
         images: f32 [B, 3, H, W], RGB 0…1.
         dilations: distances of the neighbours, pixels.
         iterations: how often.
+        skip_zeros: leave out the rows that are 0. The host waits for a GPU to find them; without it, never.
 
     Returns:
         f32 [B, K, H, W], sums to 1 over K.
@@ -110,15 +112,16 @@ def pamr(
         ValueError: images that do not fit the probabilities.
     """
 
+    neighbors = _neighbor_places(probabilities.shape[-2:], dilations, probabilities.device)
+
     def one(rows: Tensor, image: Tensor) -> Tensor:
-        neighbors = _neighbor_places(rows.shape[1:], dilations, rows.device)  # [N, P]
         weights = _color_affinity(image.float(), neighbors, len(dilations))
         values = rows.flatten(1).T.contiguous()  # [N, K]
         for _ in range(iterations):
             values = F.embedding_bag(neighbors, values, mode="sum", per_sample_weights=weights)
         return values.T.reshape(rows.shape)
 
-    return _per_image(probabilities, images, one)
+    return _per_image(probabilities, images, one, skip_zeros=skip_zeros)
 
 
 def _neighbor_places(size: torch.Size, dilations: tuple[int, ...], device: torch.device) -> Tensor:
@@ -147,12 +150,16 @@ def _color_affinity(image: Tensor, neighbors: Tensor, num_dilations: int) -> Ten
     return (scores / len(image)).softmax(1)
 
 
-def _per_image(probabilities: Tensor, images: Tensor, one: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Apply `one` (f32 [K', H, W] and [3, H, W] → [K', H, W]) to the rows that are not 0, image by image."""
+def _per_image(
+    probabilities: Tensor, images: Tensor, one: Callable[[Tensor, Tensor], Tensor], *, skip_zeros: bool = True
+) -> Tensor:
+    """Apply `one` (f32 [K', H, W] and [3, H, W] → [K', H, W]) image by image, to all rows or those that are not 0."""
     expected = [probabilities.shape[0], 3, *probabilities.shape[2:]]
     if list(images.shape) != expected:
         raise ValueError(f"the images of probabilities {list(probabilities.shape)} must be {expected}, "
                          f"got {list(images.shape)}")  # fmt: skip
+    if not skip_zeros:
+        return torch.stack([one(rows.float(), image) for rows, image in zip(probabilities, images, strict=True)])
     result = torch.zeros_like(probabilities, dtype=torch.float32)
     for out, rows, image in zip(result, probabilities, images, strict=True):
         present = rows.flatten(1).amax(1).nonzero()[:, 0]

@@ -139,11 +139,10 @@ def test_the_current_device_need_not_be_that_of_the_tensors():
     assert relative_error(message.double(), expected.double()) < 1.6e-2
 
 
-def training(backend="auto", dtype=BF16):
+def training(backend="auto", dtype=BF16, refinement="none"):
     """A small model in training, one batch, and λ."""
     torch.manual_seed(0)
-    method = MethodConfig(attention_threshold=1.0)
-    method = method.resolved()
+    method = MethodConfig(attention_threshold=1.0, refinement=refinement).resolved()
     spec = NetworkSpec("tiny", None, "linear", 6)
     model = MCIC(spec, slots=8, attention_threshold=1.0, pool_threshold=0.1, backend=backend)
     model = model.to("cuda", memory_format=torch.channels_last).train()
@@ -159,9 +158,10 @@ def training(backend="auto", dtype=BF16):
     return model, update, batch, torch.full((), 0.7, device="cuda")
 
 
+@pytest.mark.parametrize("refinement", ["none", "pamr"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_step_never_waits_for_the_gpu(backend):
-    _, update, batch, ramp = training(backend)
+def test_a_step_never_waits_for_the_gpu(backend, refinement):
+    _, update, batch, ramp = training(backend, refinement=refinement)
     for _ in range(3):
         update(batch, ramp)
     torch.cuda.synchronize()
@@ -173,11 +173,12 @@ def test_a_step_never_waits_for_the_gpu(backend):
     assert figures["loss/total"].isfinite()
 
 
-def test_a_thousand_replays_equal_eager_steps(monkeypatch):
+@pytest.mark.parametrize("refinement", ["none", "pamr"])
+def test_a_thousand_replays_equal_eager_steps(monkeypatch, refinement):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     states = []
     for graphed in (False, True):
-        model, update, batch, ramp = training()
+        model, update, batch, ramp = training(refinement=refinement)
         step = GraphedUpdate(update) if graphed else update
         for number in range(1000):
             torch.manual_seed(number)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from skimage import data
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from mcic.crf import LEAST_PROBABILITY, PROTOCOLS, Kernels, mean_field
 from mcic.permutohedral import PermutohedralLattice
@@ -215,6 +216,17 @@ def test_absent_classes_stay_absent_and_images_do_not_mix(method):
     for one in range(2):
         alone = refine(probabilities[one : one + 1], images[one : one + 1], method=method)
         torch.testing.assert_close(refined[one : one + 1], alone)
+
+
+def test_pamr_gives_the_same_where_nobody_looks_which_rows_are_zero():
+    images, probabilities = torch.rand(2, 3, 18, 23), blobs(5, (18, 23), batch=2)
+    probabilities[0, [1, 3]] = 0
+    torch.testing.assert_close(pamr(probabilities, images, skip_zeros=False), pamr(probabilities, images))
+    with FakeTensorMode() as fake:  # which has no values to look at
+        tensors = fake.from_tensor(probabilities), fake.from_tensor(images)
+        with pytest.raises(DynamicOutputShapeException):
+            pamr(*tensors)
+        assert pamr(*tensors, skip_zeros=False).shape == probabilities.shape
 
 
 @pytest.mark.parametrize("method", ["pamr", "crf"])
