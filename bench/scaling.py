@@ -34,7 +34,7 @@ class Setting:
         ranks: R. images: per rank. size: side of the crop, pixels. stride: image pixels per feature pixel.
         channels: D. classes: L, without background. slots: S. tags: per image. rows_skipped: whether only the classes
             that the batch reads are projected (CPU), or all of them (GPU).
-        entry: bytes of an element of the bank. element: of an activation. parameters: of the test-time network.
+        entry: bytes of an element of the bank. element: of an activation. parameters: of all that is trained.
     """
 
     ranks: int = 1
@@ -47,7 +47,7 @@ class Setting:
     tags: int = 2
     entry: int = 4
     element: int = 2
-    parameters: int = 43_943_188
+    parameters: int = 60_773_672
     rows_skipped: bool = False
 
     @property

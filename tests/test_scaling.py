@@ -4,10 +4,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from bench import documents, scaling
 from bench.scaling import Setting, costs
 from bench.scaling_check import Branch
+from mcic.build import build_model
+from mcic.presets import preset
 
 SMALL = Setting(ranks=3, images=2, size=17, channels=4, classes=5, slots=8, tags=1, entry=2, element=2, parameters=30)
 """9 feature pixels an image, 6 classes with background, 2 of them an image's own"""
@@ -22,6 +25,14 @@ def test_what_ranks_exchange():
     assert found.gradients_received == 2 * 4 * 30 * 2 // 3
     alone = costs(dataclasses.replace(SMALL, ranks=1))
     assert (alone.gather_received, alone.gradients_received) == (0, 0)
+
+
+def test_gradients_are_those_of_the_whole_model():
+    config = preset("voc12-resnet101").resolved()
+    unloaded = dataclasses.replace(config.model, weights="none")
+    with torch.device("meta"):
+        model = build_model(unloaded, config.method, num_classes=21, backend="reference")
+    assert sum(parameter.numel() for parameter in model.parameters()) == Setting().parameters
 
 
 def test_bank_and_push():
