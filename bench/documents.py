@@ -97,7 +97,7 @@ def _origin(about: dict[str, Any], *, gpu: bool) -> str:
 
 def _table(rows: list[dict[str, Any]], *, gpu: bool) -> str:
     columns = {
-        "what": lambda r: f"{r['name']} {r['case']}, {r['scope']} {r['work']}",
+        "what": lambda r: f"{r['name']} {r['case']}, " + " ".join(dict.fromkeys((r["scope"], r["work"]))),
         "variant": lambda r: r["variant"],
     }
     if gpu:
@@ -119,6 +119,8 @@ def _table(rows: list[dict[str, Any]], *, gpu: bool) -> str:
     lines = [" | ".join(shown), " | ".join("---" for _ in shown)]
     last = None
     for row in rows:
+        if not gpu and row["p50_ms"] is not None and row["speedup"] is None:
+            continue  # a part of a step, whose times alone are not shown
         cells = {name: cell(row) if row["p50_ms"] is not None or name in ("what", "variant", "note") else "–"
                  for name, cell in shown.items()}  # fmt: skip
         if cells["what"] == last:
