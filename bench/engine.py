@@ -95,13 +95,14 @@ def compiled_here(device: torch.device, case: str) -> bool:
 
 def run(task: Task, settings: Settings) -> list[Row]:
     """The rows of a task, one per variant, and one more for those that replay as a graph."""
-    expected = task.expected() if task.expected is not None else None
     runs: dict[str, Callable[[], object]] = {}
     rows: dict[str, Row] = {}
+    exact = _row(task, "exact")
+    expected = _attempt(exact, task.expected) if task.expected is not None else None
     for name, variant in task.variants.items():
         row = rows[name] = _row(task, name)
         row.timed = "events" if settings.device.type == "cuda" else "clock"
-        ready = _attempt(row, lambda variant=variant, row=row: _ready(variant, row, expected, task))
+        ready = _attempt(row, lambda variant=variant, row=row: _ready(variant, row, expected, task, exact.note))
         if ready is None:
             continue
         runs[name] = ready
@@ -147,11 +148,11 @@ def _attempt(row: Row, action: Callable[[], object]) -> object | None:
     return None
 
 
-def _ready(variant: Variant, row: Row, expected: Named | None, task: Task) -> Callable[[], object]:
+def _ready(variant: Variant, row: Row, expected: Named | None, task: Task, why_not: str) -> Callable[[], object]:
     ready = variant.build()
     found = ready()
     if expected is None:
-        row.note = "not compared: too large for the reference"
+        row.note = f"not compared: {why_not or 'too large for the reference'}"
         return ready
     row.error = max((deviation(found[k], expected[k]) for k in found if k in expected), default=None)
     limit = TOLERANCE[task.dtype] * (1 if task.work == "forward" else 3)
@@ -216,7 +217,8 @@ def launches_and_syncs(function: Callable[[], object]) -> tuple[int, int]:
     launches = sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("bench::") for e in events)
     # The profiler ends with waits of its own, outside the call; nested calls of the runtime count once each.
     waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-    syncs = sum(e.name in waits and e.time_range.start < call.time_range.end for e in events)
+    during = call.time_range
+    syncs = sum(e.name in waits and during.start <= e.time_range.start < during.end for e in events)
     return launches, syncs
 
 

@@ -1,16 +1,18 @@
 """Everything that only a GPU can show, in one go: build, tests, compute-sanitizer, benches, and a short table.
 
-    python -m bench.gpu [--only build,tests,memcheck,racecheck,ops,step] [--minutes 9]
+    python -m bench.gpu [--only build,tests,kernels,memcheck,racecheck,initcheck,ops,step,tune] [--minutes 9]
 
-Every stage runs whatever became of those before it, and within its own share of the time. Results go to
-bench/results/, logs to bench/results/logs; where $OUT names a folder, logs go there, with all results in one archive.
-After unpacking that in bench/results/, `python -m bench docs` brings the pages up to date. The tests need the packages
-of the extra `test`.
+Every stage runs whatever became of those before it, and within its own share of the time that is left. A machine that
+forgets everything between two calls needs `build` in each. Results go to bench/results/, logs to bench/results/logs;
+where $OUT names a folder, logs go there, with all results and launch tables in one archive. After unpacking that in the
+checkout, `python -m bench docs` brings the pages up to date. The tests need the packages of the extra `test`; where
+pytest-xdist is installed, several run at a time. In a copy without .git, MCIC_COMMIT says which commit it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import signal
@@ -18,77 +20,115 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PYTHON = sys.executable
-TESTED = "pytest -m gpu"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and the share of the time that it may take."""
+    """A command, its share of the time, and what it needs in the environment."""
 
     name: str
     command: tuple[str, ...]
     share: float
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
+INSTALL = f"{PYTHON} -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ."
+INFO = f"{PYTHON} -c 'import mcic; print(mcic.build_info())'"
+PARALLEL = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
 SANITIZED = (PYTHON, "-m", "bench.sanitized")
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+"""every tensor is an allocation of its own, so that one byte beyond it is seen"""
+
+
+def _sanitizer(tool: str, environment: Mapping[str, str]) -> Stage:
+    return Stage(tool, ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *SANITIZED), 0.12, environment)
+
+
 STAGES = (
-    Stage("build", (PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", "."), 0.2),
-    Stage("tests", (PYTHON, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors"), 0.3),
-    Stage("ops", (PYTHON, "-m", "bench", "ops", "--device", "cuda"), 0.35),
-    Stage("step", (PYTHON, "-m", "bench", "step", "--device", "cuda"), 0.25),
-    Stage("memcheck", ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *SANITIZED), 0.15),
-    Stage("racecheck", ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *SANITIZED), 0.15),
+    Stage("build", ("sh", "-c", f"{INSTALL} && {INFO}"), 0.15, {"MCIC_BUILD_CUDA": "1"}),
+    Stage("tests", (PYTHON, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", *PARALLEL), 0.6),
+    Stage("ops", (PYTHON, "-m", "bench", "ops", "--device", "cuda"), 0.6),
+    Stage("step", (PYTHON, "-m", "bench", "step", "--device", "cuda"), 0.4),
+    Stage("kernels", SANITIZED, 0.05),  # compiles what the sanitizer's runs then find compiled
+    _sanitizer("memcheck", UNCACHED),
+    _sanitizer("racecheck", {}),
+    _sanitizer("initcheck", UNCACHED),
+    Stage("tune", (PYTHON, "-m", "bench.tune"), 1.0),
 )
+DEFAULT = tuple(stage.name for stage in STAGES if stage.name != "tune")  # which takes all the time there is
 
 
 def main() -> int:
     """Run the stages; 0 where all of them succeeded."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default=",".join(stage.name for stage in STAGES), help="stages, joined by commas")
+    parser.add_argument("--only", default=",".join(DEFAULT), help="stages, joined by commas")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     options = parser.parse_args()
+    known = {stage.name: stage for stage in STAGES}
+    unknown = set(options.only.split(",")) - set(known)
+    if unknown:
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+    chosen = [stage for stage in STAGES if stage.name in options.only.split(",")]
     logs = Path(os.environ.get("OUT") or RESULTS / "logs")
     logs.mkdir(parents=True, exist_ok=True)
-    chosen = options.only.split(",")
     end = time.monotonic() + 60 * options.minutes
-    outcome: list[tuple[str, str, float, str]] = []
-    for stage in STAGES:
-        if stage.name in chosen:
-            outcome.append(run(stage, logs, end, 60 * options.minutes, passed={o[0] for o in outcome if o[1] == "ok"}))
+    outcome: list[Outcome] = []
+    for place, stage in enumerate(chosen):
+        left = end - time.monotonic()
+        seconds = left * stage.share / sum(other.share for other in chosen[place:])
+        outcome.append(run(stage, logs, seconds, verified=_verified(outcome)))
     if os.environ.get("OUT"):
         with tarfile.open(logs / "results.tar.gz", "w:gz") as archive:
-            for path in sorted(RESULTS.glob("*-*.*")):
-                if "cpu" not in path.name:
-                    archive.add(path, path.name)
-    print(
-        "\n" + "\n".join(f"{name:<10} {state:<10} {seconds:5.0f} s  {last}" for name, state, seconds, last in outcome)
-    )
-    return int(any(state != "ok" for _, state, _, _ in outcome))
+            found = [path for path in RESULTS.glob("*-*.*") if "cpu" not in path.name]
+            for path in sorted([*found, *(ROOT / "kernels" / "tables").glob("*.json")]):
+                archive.add(path, path.relative_to(ROOT))
+    lines = (f"{one.name:<10} {one.state:<10} {one.seconds:5.0f} s  {one.last}" for one in outcome)
+    print("\n" + "\n".join(lines))
+    return int(any(one.state != "ok" for one in outcome))
 
 
-def run(stage: Stage, logs: Path, end: float, total: float, passed: set[str]) -> tuple[str, str, float, str]:
-    """Run one stage in a process group of its own: (name, ok | failed | timed out | …, seconds, last line)."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended: ok | failed … | timed out | missing | no time, and the last line of its log."""
+
+    name: str
+    state: str
+    seconds: float
+    last: str
+
+
+def _verified(outcome: list[Outcome]) -> str:
+    """What the results say of the tests: how they ended here."""
+    tests = next((one for one in outcome if one.name == "tests"), None)
+    return "NOT in this call" if tests is None else f"pytest -m gpu: {tests.state}, {tests.last.strip('= ')}"
+
+
+def run(stage: Stage, logs: Path, seconds: float, *, verified: str) -> Outcome:
+    """Run one stage in a process group of its own, for at most so many seconds."""
     command = list(stage.command)
-    if stage.name in ("ops", "step") and "tests" in passed:
-        command += ["--verified", TESTED]  # else the bench runs the operations' own tests, and refuses on red
-    limit = min(stage.share * total, end - time.monotonic())
-    if limit < 1:
-        return stage.name, "no time", 0.0, ""
+    if stage.name in ("ops", "step"):
+        command += ["--verified", verified]
+    if seconds < 1:
+        return Outcome(stage.name, "no time", 0.0, "")
     if shutil.which(command[0]) is None:
-        return stage.name, "missing", 0.0, f"{command[0]} is not installed"
-    print(f"== {stage.name}: {' '.join(command)} (at most {limit:.0f} s)", flush=True)
+        return Outcome(stage.name, "missing", 0.0, f"{command[0]} is not installed")
+    print(f"== {stage.name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
     start = time.monotonic()
     log = logs / f"{stage.name}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **stage.environment},
+        )  # fmt: skip
         try:
-            code = process.wait(limit)
+            code = process.wait(seconds)
             state = "ok" if code == 0 else f"failed {code}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -96,7 +136,7 @@ def run(stage: Stage, logs: Path, end: float, total: float, passed: set[str]) ->
             state = "timed out"
     lines = log.read_text(errors="replace").strip().split("\n")
     print("\n".join(lines[-40 if state != "ok" or stage.name in ("ops", "step") else -3 :]), flush=True)
-    return stage.name, state, time.monotonic() - start, lines[-1][:100]
+    return Outcome(stage.name, state, time.monotonic() - start, lines[-1][:100])
 
 
 if __name__ == "__main__":

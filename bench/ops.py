@@ -197,10 +197,10 @@ def _plain_variants(operation: str, case: str, like: Tensor, compute: Callable[[
 def tasks(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Iterator[Task]]]:
     """One thunk of tasks after the other; a thunk makes its tensors when it is called. Banks of pixels differ from
     `coco` in the attention alone."""
+    yield from attention.tasks(names, device, dtype)
+    yield lambda: iter([push_task(device)])
     for name in names:
         if not name.startswith("pixels"):
             yield lambda name=name: pool_tasks(name, device, dtype)
             yield lambda name=name: iter([mask_task(name, device, dtype)])
             yield lambda name=name: loss_tasks(name, device, dtype)
-    yield lambda: iter([push_task(device)])
-    yield from attention.tasks(names, device, dtype)

@@ -150,18 +150,19 @@ def _optimizer(model: MCIC, config: Config) -> torch.optim.Optimizer:
 
 VARIANTS = {
     "published": Variant(make=PublishedStep, backend="reference", dtype=torch.float32, channels_last=False),
+    "fused": Variant(make=package_step),
+    "fused, graph": Variant(make=package_step, graph=True),
+    "network alone, graph": Variant(make=NetworkStep, backend="reference", graph=True),
+    "published arithmetic": Variant(make=PublishedStep, backend="reference"),
+    "reference": Variant(make=package_step, backend="reference"),
+    "network alone": Variant(make=NetworkStep, backend="reference"),
+    "fused, backbone compiled": Variant(make=package_step, compiled=True),
+    "fused, backbone compiled, graph": Variant(make=package_step, compiled=True, graph=True),
     "published, backbone compiled": Variant(
         make=PublishedStep, backend="reference", dtype=torch.float32, channels_last=False, compiled=True
     ),
-    "published arithmetic": Variant(make=PublishedStep, backend="reference"),
-    "reference": Variant(make=package_step, backend="reference"),
-    "fused": Variant(make=package_step),
-    "fused, graph": Variant(make=package_step, graph=True),
-    "fused, backbone compiled": Variant(make=package_step, compiled=True),
-    "fused, backbone compiled, graph": Variant(make=package_step, compiled=True, graph=True),
-    "network alone": Variant(make=NetworkStep, backend="reference"),
-    "network alone, graph": Variant(make=NetworkStep, backend="reference", graph=True),
 }
+"""what the targets need first, what compiles for minutes last: a time limit may cut the list"""
 
 
 def configuration(name: str, device: torch.device) -> Config:

@@ -44,6 +44,13 @@ class Rows:
 FUSED = ("fused, graph", "fused")
 
 
+def measured(row: dict[str, Any], name: str) -> Any:
+    """A figure of a row; raises MissingError where the profiler gave none."""
+    if row[name] is None:
+        raise MissingError(f"{row['name']} {row['case']} {name}")
+    return row[name]
+
+
 def at_most(value: float, most: float, unit: str) -> Found:
     """A value that should be small."""
     return f"{value:.3g}{unit}", value <= most
@@ -98,14 +105,15 @@ def skipping(rows: Rows) -> Found:
 def pixel_bank(rows: Rows) -> Found:
     """Memory beyond inputs and results, of the larger pass."""
     passes = [rows.attention("pixels-4096 ", work, "fused") for work in ("forward", "backward")]
-    return at_most(max(row["extra_mib"] for row in passes), 1023, " MiB")
+    return at_most(max(measured(row, "extra_mib") for row in passes), 1023, " MiB")
 
 
 def pooling(rows: Rows) -> Found:
     """Launches, and the share of the limit, which is the feature read's."""
     row = rows.find("class_pool", "c1 ", "forward", "fused")
     share = rows.find("class_pool", "c1 ", "forward", *FUSED)["share_of_limit"]
-    return f"{row['launches']} launches, {share:.0%}", row["launches"] <= 2 and share >= 0.8
+    launches = measured(row, "launches")
+    return f"{launches} launches, {share:.0%}", launches <= 2 and share >= 0.8
 
 
 def push(rows: Rows) -> Found:
@@ -133,7 +141,7 @@ def context_share(rows: Rows) -> Found:
 
 def step_waits(rows: Rows) -> Found:
     """Host waits in one step."""
-    waits = rows.find("voc12-vgg16", "", "training step", "fused")["syncs"]
+    waits = measured(rows.find("voc12-vgg16", "", "training step", "fused"), "syncs")
     return f"{waits} waits", waits == 0
 
 

@@ -36,9 +36,12 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(package: Path) -> str | None:
-    """Commit of the checkout that tracks `package`, with "-dirty" if tracked files were changed; None without one."""
+    """Commit of the checkout that tracks `package`, with "-dirty" if tracked files were changed.
+
+    Without one, as in a copy that was made without .git, what MCIC_COMMIT says, or None.
+    """
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None  # also where the package is installed inside somebody else's checkout
+        return os.environ.get("MCIC_COMMIT")  # also where the package is installed inside somebody else's checkout
     commit = _git(package, "rev-parse", "HEAD")
     changed = _git(package, "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if commit and changed else commit

@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -284,17 +283,21 @@ def test_targets_are_met_missed_or_not_measured():
 
 
 def test_gpu_stages_are_limited_and_independent(tmp_path):
-    end = time.monotonic() + 60
     python = sys.executable
     slow = gpu.Stage("slow", (python, "-c", "import time; print('on', flush=True); time.sleep(60)"), 0.05)
-    name, state, seconds, last = gpu.run(slow, tmp_path, end, 60.0, set())
-    assert (name, state, last) == ("slow", "timed out", "on")
-    assert seconds < 20
-    failing = gpu.Stage("bad", (python, "-c", "import sys; print('no'); sys.exit(3)"), 0.5)
-    assert gpu.run(failing, tmp_path, end, 60.0, set())[1] == "failed 3"
-    missing = gpu.Stage("tool", ("no-such-tool",), 0.5)
-    assert gpu.run(missing, tmp_path, end, 60.0, set())[1] == "missing"
-    assert gpu.run(failing, tmp_path, time.monotonic(), 60.0, set())[1] == "no time"
+    ended = gpu.run(slow, tmp_path, 3.0, verified="")
+    assert (ended.name, ended.state, ended.last) == ("slow", "timed out", "on")
+    assert ended.seconds < 20
+    code = "import os, sys; print(os.environ['KIND']); sys.exit(3)"
+    failing = gpu.Stage("tests", (python, "-c", code), 0.5, {"KIND": "2 failed"})
+    ended = gpu.run(failing, tmp_path, 60.0, verified="")
+    assert (ended.state, ended.last) == ("failed 3", "2 failed")
+    assert gpu.run(gpu.Stage("tool", ("no-such-tool",), 0.5), tmp_path, 60.0, verified="").state == "missing"
+    assert gpu.run(failing, tmp_path, 0.5, verified="").state == "no time"
+    told = gpu.Stage("ops", (python, "-c", "import sys; print(sys.argv[1:])"), 0.5)
+    verified = gpu._verified([ended])
+    last = gpu.run(told, tmp_path, 60.0, verified=verified).last
+    assert last == "['--verified', 'pytest -m gpu: failed 3, 2 failed']"
 
 
 def test_the_sanitizer_watches_every_operation(monkeypatch):

@@ -218,7 +218,9 @@ class TestEnvironment:
         assert facts["torch"][0].isdigit()
         json.dumps(facts, allow_nan=False)
 
-    def test_commit_only_of_a_checkout_that_tracks_the_package(self, tmp_path):
+    def test_commit_only_of_a_checkout_that_tracks_the_package(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("MCIC_COMMIT", raising=False)
+
         def git(*command):
             who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
             subprocess.run(["git", *who, "-C", str(tmp_path), *command], check=True, capture_output=True)
@@ -227,6 +229,9 @@ class TestEnvironment:
         package.mkdir()
         (package / "__init__.py").write_text("")
         assert git_commit(package) is None
+        monkeypatch.setenv("MCIC_COMMIT", "of a copy without .git")
+        assert git_commit(package) == "of a copy without .git"
+        monkeypatch.delenv("MCIC_COMMIT")
         git("init")
         (tmp_path / "other").write_text("")
         git("add", "other")

@@ -314,6 +314,7 @@ def test_importing_the_package_stays_light():
 @pytest.mark.parametrize("protocol", ["single", "voc"])
 def test_the_gpu_gives_what_the_cpu_gives(folder, monkeypatch, protocol):
     monkeypatch.setattr(tiles, "CONTEXT", 72)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pixels = photo(411, 702)
     expected = mcic.load(folder, device="cpu", protocol=protocol).predict(pixels)
     for tile, precision, share in ((1536, "fp32", 0.999), (500, "fp32", 0.98), (1536, "bf16", 0.9)):
