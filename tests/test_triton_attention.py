@@ -177,6 +177,16 @@ def test_sizes(device, channels, out, pixels):
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_a_class_with_more_slots_than_a_row(device, dtype, heads):
+    """No image is for the row kernels, and the bank's gradients are written in its own dtype."""
+    counts = [row_limit(device, dtype) + 1, 3]
+    case = attention_case(device, reads=[(0, 1), (1,)], counts=counts, dtype=dtype, heads=heads)
+    check(case, threshold=0.5, scale=0.1)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("empty", [{"reads": []}, {"pixels": 0}, {"counts": [0, 0], "slots": 2}])
 def test_empty(device, empty):
     actual = check(attention_case(device, **({"reads": [(0, 1)], "counts": [2, 3]} | empty)), threshold=1.0)

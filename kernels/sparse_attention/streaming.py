@@ -90,13 +90,13 @@ def store_statistics(entropy_ptr, stats_ptr, plane, o_rows, m_rows, b_max, b_sum
 
 
 @triton.jit
-def cutoff(b_max, b_lse, n_b, log_threshold):
+def cutoff(b_max, b_lse, n_b, log_threshold, SLACK: tl.constexpr):
     """Lowest score that is kept: where p ≥ θ / n_b, and the maximum always.
 
     Scores are compared, not probabilities, whose rounding may depend on how a compiler contracts exp(z - l). The slack
-    has the size of a rounding: the maximum stays even if two kernels round one score differently.
+    has the size of what two kernels may make of one score, see `slack`: the maximum stays in both.
     """
-    b_slack = tl.maximum(tl.abs(b_max), 1.0) * 1e-6
+    b_slack = tl.maximum(tl.abs(b_max), 1.0) * SLACK
     return tl.minimum(b_max - b_slack, b_lse + (log_threshold - tl.log(tl.maximum(n_b, 1).to(tl.float32))))
 
 
@@ -153,7 +153,7 @@ def sparse_attention_stream_fwd_kernel(
     stride_qb, stride_qn, stride_qd, scale, log_threshold, row_limit, B, N, K, S, num_channels,
     D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E channels of the message of a block of pixels of one image under one head.
 
@@ -180,7 +180,7 @@ def sparse_attention_stream_fwd_kernel(
     if THRESHOLDED:
         b_max = tl.load(stats_ptr + o_rows, mask=m_n, other=0.0)
         b_lse = tl.load(stats_ptr + plane + o_rows, mask=m_n, other=0.0)
-        b_cutoff = cutoff(b_max, b_lse, n_b, log_threshold)
+        b_cutoff = cutoff(b_max, b_lse, n_b, log_threshold, SLACK)
     else:
         b_max = tl.full((BLOCK_N,), UNREADABLE, tl.float32)
     b_message = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
@@ -224,6 +224,14 @@ def sparse_attention_stream_fwd_kernel(
 def precision() -> str:
     """Precision of the fp32 products: IEEE unless the user of PyTorch allows TF32."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def slack(dtype: torch.dtype) -> float:
+    """How far, relative to the row's maximum, two kernels may round one score apart: tensor cores of different shapes
+    cut sums off differently."""
+    if dtype != torch.float32:
+        return 1e-5
+    return 1e-6 if precision() == "ieee" else 1e-4
 
 
 def log_threshold(threshold: float) -> float:
@@ -275,5 +283,5 @@ def streaming_forward(
     sparse_attention_stream_fwd_kernel[triton.cdiv(pixels, launch["BLOCK_N"]), batch, heads * tiles](
         query, keys, values, bias, counts, class_mask, message, entropy, stats, *query.stride(),
         scale, log_threshold(threshold), row_limit, *numbers,
-        E=out_channels, THRESHOLDED=threshold > 0, **sizes, **launch,
+        E=out_channels, THRESHOLDED=threshold > 0, SLACK=slack(query.dtype), **sizes, **launch,
     )  # fmt: skip

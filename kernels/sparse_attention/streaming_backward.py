@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .entries import class_sizes, num_entries
+from .entries import class_sizes, most_entries, num_entries
 from .streaming import (
     BLOCK_CLASSES,
     UNREADABLE,
@@ -23,17 +23,20 @@ from .streaming import (
     masked_scores,
     precision,
     row_products,
+    slack,
 )  # fmt: skip
+
+BLOCK_IMAGES = tl.constexpr(16)  # how many images' entries are counted at a time
 
 
 @triton.jit
-def load_statistics(stats_ptr, plane, m_n, n_b, log_threshold):
+def load_statistics(stats_ptr, plane, m_n, n_b, log_threshold, SLACK: tl.constexpr):
     """Cutoff, log-sum-exp and 1 / Σ p of the rows at stats_ptr; a row that is not there gets probabilities 0."""
     o_n = tl.arange(0, m_n.shape[0])
     b_max = tl.load(stats_ptr + o_n, mask=m_n, other=0.0)
     b_lse = tl.load(stats_ptr + plane + o_n, mask=m_n, other=-UNREADABLE)
     b_norm = tl.load(stats_ptr + 2 * plane + o_n, mask=m_n, other=0.0)
-    return cutoff(b_max, b_lse, n_b, log_threshold), b_lse, b_norm
+    return cutoff(b_max, b_lse, n_b, log_threshold, SLACK), b_lse, b_norm
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def sparse_attention_stream_query_bwd_kernel(
     scale, log_threshold, row_limit, B, N, K, S, num_channels, num_outputs,
     D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T channels of the gradient of a block of pixels of one image under one head."""
     NUM_TILES: tl.constexpr = (D + BLOCK_T - 1) // BLOCK_T
@@ -97,7 +100,7 @@ def sparse_attention_stream_query_bwd_kernel(
     dm_ptr = d_message_ptr + tl.cast(i_b, tl.int64) * stride_mb + i_n * stride_mn
     dh_ptr = d_entropy_ptr + tl.cast(i_b, tl.int64) * stride_hb + i_n * stride_hn
     plane = num_heads.to(tl.int64) * B * N
-    b_cutoff, b_lse, b_norm = load_statistics(stats_ptr + i_row, plane, m_n, n_b, log_threshold)
+    b_cutoff, b_lse, b_norm = load_statistics(stats_ptr + i_row, plane, m_n, n_b, log_threshold, SLACK)
     b_delta, b_dh, b_entropy = load_row_gradients(
         message_ptr + i_row * E, dm_ptr, stride_mn, stride_me, entropy_ptr + i_row, dh_ptr, stride_hn, m_n, E, BLOCK_E
     )
@@ -148,13 +151,13 @@ def sparse_attention_stream_keys_bwd_kernel(
     stats_ptr,  # f32 [3, heads, B, N]
     d_message_ptr,  # [B, N, E], strided
     d_entropy_ptr,  # f32 [B, N], strided
-    d_keys_ptr,  # f32 [heads, K, S, D] or None, added to
-    d_bias_ptr,  # f32 [heads, K, S] or None, added to
+    d_keys_ptr,  # [heads, K, S, D] or None, added to
+    d_bias_ptr,  # [heads, K, S] or None, added to
     stride_qb, stride_qn, stride_qd, stride_mb, stride_mn, stride_me, stride_hb, stride_hn,
     scale, log_threshold, row_limit, B, N, K, S, num_channels, num_outputs,
     D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T channels of the gradient of a block of one class's keys under one head, and that of their bias."""
     NUM_TILES: tl.constexpr = (D + BLOCK_T - 1) // BLOCK_T if d_keys_ptr is not None else 1
@@ -181,7 +184,7 @@ def sparse_attention_stream_keys_bwd_kernel(
             q_ptr = query_ptr + tl.cast(i_b, tl.int64) * stride_qb + i_n * stride_qn
             dm_ptr = d_message_ptr + tl.cast(i_b, tl.int64) * stride_mb + i_n * stride_mn
             dh_ptr = d_entropy_ptr + tl.cast(i_b, tl.int64) * stride_hb + i_n * stride_hn
-            b_cutoff, b_lse, b_norm = load_statistics(stats_ptr + i_row, plane, m_n, n_b, log_threshold)
+            b_cutoff, b_lse, b_norm = load_statistics(stats_ptr + i_row, plane, m_n, n_b, log_threshold, SLACK)
             b_delta, b_dh, b_entropy = load_row_gradients(
                 message_ptr + i_row * E, dm_ptr, stride_mn, stride_me, entropy_ptr + i_row, dh_ptr, stride_hn, m_n,
                 E, BLOCK_E,
@@ -203,10 +206,12 @@ def sparse_attention_stream_keys_bwd_kernel(
         o_d = i_d * BLOCK_T + tl.arange(0, BLOCK_T)
         m_md = m_m[:, None] & (o_d < D)[None, :]
         dk_ptr = d_keys_ptr + i_slot * D + o_m[:, None] * D + o_d[None, :]
-        tl.store(dk_ptr, tl.load(dk_ptr, mask=m_md) + b_dk * scale, mask=m_md)
+        b_dk = tl.load(dk_ptr, mask=m_md).to(tl.float32) + b_dk * scale
+        tl.store(dk_ptr, b_dk.to(d_keys_ptr.dtype.element_ty), mask=m_md)
     if d_bias_ptr is not None:
         m_m = m_m & (i_d == 0)
-        tl.store(d_bias_ptr + i_slot + o_m, tl.load(d_bias_ptr + i_slot + o_m, mask=m_m) + b_dbias, mask=m_m)
+        b_dbias += tl.load(d_bias_ptr + i_slot + o_m, mask=m_m).to(tl.float32)
+        tl.store(d_bias_ptr + i_slot + o_m, b_dbias.to(d_bias_ptr.dtype.element_ty), mask=m_m)
 
 
 @triton.jit
@@ -218,11 +223,12 @@ def sparse_attention_stream_values_bwd_kernel(
     class_mask_ptr,  # bool [B, K]
     stats_ptr,  # f32 [3, heads, B, N]
     d_message_ptr,  # [B, N, E], strided
-    d_values_ptr,  # f32 [heads, K, S, E], added to
+    d_values_ptr,  # [heads, K, S, E], added to
     stride_qb, stride_qn, stride_qd, stride_mb, stride_mn, stride_me,
     scale, log_threshold, row_limit, B, N, K, S, num_channels,
     D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+    SLACK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T channels of the gradient of a block of one class's values under one head."""
     NUM_TILES: tl.constexpr = (E + BLOCK_T - 1) // BLOCK_T
@@ -230,6 +236,8 @@ def sparse_attention_stream_values_bwd_kernel(
     i_h, i_e = (tl.program_id(2) // NUM_TILES).to(tl.int64), tl.program_id(2) % NUM_TILES
     num_slots = tl.minimum(tl.load(counts_ptr + i_k), S)
     if i_m >= num_slots:
+        return
+    if most_entries(class_mask_ptr, counts_ptr, B, K, S, BLOCK_IMAGES, BLOCK_K) <= row_limit:
         return
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
     o_n, o_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
@@ -246,7 +254,7 @@ def sparse_attention_stream_values_bwd_kernel(
             q_ptr = query_ptr + tl.cast(i_b, tl.int64) * stride_qb + i_n * stride_qn
             dm_ptr = d_message_ptr + tl.cast(i_b, tl.int64) * stride_mb + i_n * stride_mn
             i_row = (i_h * B + i_b) * N + i_n
-            b_cutoff, b_lse, b_norm = load_statistics(stats_ptr + i_row, plane, m_n, n_b, log_threshold)
+            b_cutoff, b_lse, b_norm = load_statistics(stats_ptr + i_row, plane, m_n, n_b, log_threshold, SLACK)
             b_qk = row_products(
                 q_ptr, stride_qn, stride_qd, m_n, keys_ptr + i_slot * D, m_m, num_channels, D, BLOCK_D, DTYPE, PRECISION
             )
@@ -260,7 +268,8 @@ def sparse_attention_stream_values_bwd_kernel(
     o_e = i_e * BLOCK_T + tl.arange(0, BLOCK_T)
     m_me = m_m[:, None] & (o_e < E)[None, :]
     dv_ptr = d_values_ptr + i_slot * E + o_m[:, None] * E + o_e[None, :]
-    tl.store(dv_ptr, tl.load(dv_ptr, mask=m_me) + b_dv, mask=m_me)
+    b_dv += tl.load(dv_ptr, mask=m_me).to(tl.float32)
+    tl.store(dv_ptr, b_dv.to(d_values_ptr.dtype.element_ty), mask=m_me)
 
 
 def streaming_backward(
@@ -275,7 +284,7 @@ def streaming_backward(
         message, entropy, stats: what `streaming_forward` wrote, per head.
         d_message, d_entropy: [B, N, E] and f32 [B, N], any strides; the gradient of the entropy summed over heads.
         d_query: [heads, B, N, D] or None, contiguous; the rows of these images are written.
-        d_keys, d_values, d_bias: f32, shaped like keys, values and bias, contiguous, or None; added to.
+        d_keys, d_values, d_bias: shaped like keys, values and bias, contiguous, or None; each number is added to once.
     """
     batch, pixels, channels = query.shape
     heads, classes, slots, out_channels = values.shape
@@ -286,7 +295,7 @@ def streaming_backward(
     strides = (*query.stride(), *d_message.stride())
     constants = {
         "D": channels, "E": out_channels, "THRESHOLDED": threshold > 0, "BLOCK_K": BLOCK_CLASSES,
-        "PRECISION": precision(),
+        "PRECISION": precision(), "SLACK": slack(query.dtype),
     }  # fmt: skip
     if d_query is not None:
         launch = launch_config(

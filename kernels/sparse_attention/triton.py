@@ -186,7 +186,7 @@ def sparse_attention_bwd(
             buffers[0] = query.new_empty(heads, *query.shape, dtype=torch.float32)
     covered = limit >= 0 and d_message.numel() and keys.numel()
     for i, want in enumerate(wants[1:], 1):
-        if want and streams:
+        if want and streams and limit >= 0:  # both kinds of kernels add to them
             buffers[i] = torch.empty_like(gradients[i], dtype=torch.float32)
         if want and not covered:
             buffers[i].zero_()
