@@ -34,11 +34,12 @@ def c1(dtype=BF16, *, batch=16, pixels=41 * 41, channels=1024, classes=21, slots
     return query, keys, values, bias, counts, class_mask
 
 
-def gradients(function, inputs, seed=1):
-    """(message, entropy, gradients of a random projection of both)."""
+def gradients(function, inputs, settled=1):
+    """(message, entropy, gradients of a random projection of both), messages times `settled`, 0 or 1 [B, N, 1]."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     message, entropy = function(*inputs)
-    torch.manual_seed(seed)
+    message = message * settled
+    torch.manual_seed(1)
     weight, share = torch.randn_like(message, dtype=F32), torch.randn_like(entropy, dtype=F32)
     loss = (message * weight.to(message.dtype)).sum() + (entropy * share.to(entropy.dtype)).sum()
     return message, entropy, *torch.autograd.grad(loss, inputs)
@@ -57,12 +58,23 @@ def plain_attention(query, keys, values, bias, counts, class_mask, *, scale, thr
     return sparse.to(values.dtype) @ values.flatten(0, 1), entropy
 
 
+def is_settled(query, keys, bias, class_mask, *, scale, threshold):
+    """[B, N, 1]: whether no entry of the pixel is so close to the threshold that rounding to fp32 decides."""
+    readable = class_mask.repeat_interleave(keys.shape[1], 1)[:, None]
+    scores = query.double() @ keys.double().flatten(0, 1).T * scale + bias.double().flatten()
+    dense = scores.masked_fill(~readable, -torch.inf).softmax(-1)
+    near = readable & ((dense * readable.sum(-1, keepdim=True) - threshold).abs() < 1e-5 * threshold)
+    return ~near.any(-1, keepdim=True)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 @pytest.mark.parametrize("channels", [512, 1024, 2048])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, F32])
 def test_attention_is_as_accurate_as_pytorch(dtype, channels, threshold):
     query, keys, values, bias, counts, class_mask = c1(dtype, batch=4, channels=channels)
     options = {"scale": channels**-0.5, "threshold": threshold}
+    settled = is_settled(query, keys, bias, class_mask, **options)
+    assert settled.double().mean() > 0.98
     cases = {}
     for name, operation, compute in (
         ("exact", lambda *a, **k: sparse_attention(*a, **k, backend="reference"), F64),
@@ -75,7 +87,7 @@ def test_attention_is_as_accurate_as_pytorch(dtype, channels, threshold):
         def function(query, keys, values, bias, operation=operation):
             return operation(query, keys, values, bias, counts, class_mask, **options)
 
-        cases[name] = [tensor.double() for tensor in gradients(function, inputs)]
+        cases[name] = [tensor.double() for tensor in gradients(function, inputs, settled)]
     for place, (exact, plain, fused) in enumerate(zip(*cases.values(), strict=True)):
         norm = exact.norm()
         ours, theirs = ((fused - exact).norm() / norm).item(), ((plain - exact).norm() / norm).item()

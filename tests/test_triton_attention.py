@@ -173,7 +173,7 @@ def test_one_output_alone(device, with_message, with_entropy):
 )
 def test_sizes(device, channels, out, pixels):
     case = attention_case(device, reads=[(0, 1)], counts=[2, 3], pixels=pixels, channels=channels, out=out)
-    check(case, threshold=0.5)
+    check(case, threshold=0.5, scale=channels**-0.5)
 
 
 @pytest.mark.usefixtures("poisoned")
