@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import mcic
+
 GOLDEN = Path(__file__).parent / "golden"
 
 if not torch.cuda.is_available():
@@ -51,6 +53,21 @@ def golden():
             return {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in arrays.items()}
 
     return load
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """The folder of an exported network with random weights."""
+    from networks import save_random_network
+
+    path = tmp_path_factory.mktemp("model")
+    save_random_network(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def predictor(model):
+    return mcic.load(model, device="cpu")
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,13 +4,12 @@ import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CLASSES, photo, save_random_network
+from networks import CLASSES, photo
 from PIL import Image
 
 import mcic
@@ -22,18 +21,6 @@ from mcic.inference import dense_protocol
 from mcic.predict import Predictor
 from mcic.segmentation import Segmentation
 from mcic.tiles import resized, spans, tiled_protocol
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_random_network(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def predictor(folder):
-    return mcic.load(folder, device="cpu")
 
 
 @pytest.fixture
@@ -198,18 +185,18 @@ def test_tiles_leave_no_seam(predictor, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_tiles_of_several_scales_leave_no_seam(folder):
-    predictor = mcic.load(folder, device="cpu", protocol="voc")
+def test_tiles_of_several_scales_leave_no_seam(model):
+    predictor = mcic.load(model, device="cpu", protocol="voc")
     pixels = photo(401, 705)  # 16·25 + 1, 16·44 + 1: the scaled images have their features where the tiles have them
     whole = logits_of(predictor, pixels)
     assert (tiled(predictor, pixels, "voc", limit=330) - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_large_images_are_predicted_in_tiles(folder, predictor):
+def test_large_images_are_predicted_in_tiles(model, predictor):
     pixels = photo(411, 702)
     whole = predictor.predict(pixels)
-    result = mcic.load(folder, device="cpu", tile=330).predict(pixels)
+    result = mcic.load(model, device="cpu", tile=330).predict(pixels)
     assert (result.mask == whole.mask).mean() > 0.9999
     np.testing.assert_allclose(result.confidence, whole.confidence, atol=1e-4)
 
@@ -234,7 +221,7 @@ def test_resizing_in_bands_is_interpolation(size, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(45, 64), (180, 256)])
-def test_images_are_brought_to_the_size_of_training(size, folder, predictor, tmp_path):
+def test_images_are_brought_to_the_size_of_training(size, model, predictor, tmp_path):
     save_network(tmp_path, predictor.network, classes=CLASSES, palette=voc_palette(4).tolist(), long_side=size[1])
     pixels = photo(90, 128)
     result = mcic.load(tmp_path, device="cpu").predict(pixels)
@@ -271,7 +258,7 @@ def test_areas_overlay_and_mask_file(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["mask.png"]
 
 
-def test_folders_that_hold_no_network(folder, tmp_path):
+def test_folders_that_hold_no_network(model, tmp_path):
     (tmp_path / "config.yaml").write_text("preset: shapes\n")
     with pytest.raises(ValueError, match="has not finished"):
         mcic.load(tmp_path)
@@ -279,14 +266,14 @@ def test_folders_that_hold_no_network(folder, tmp_path):
         (tmp_path / "network.json").write_text(broken)
         with pytest.raises(ValueError, match="cannot be read"):
             mcic.load(tmp_path)
-    whole = json.loads((folder / "network.json").read_text())
+    whole = json.loads((model / "network.json").read_text())
     (tmp_path / "network.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="cannot be read"):
         mcic.load(tmp_path)
-    (tmp_path / "network.safetensors").write_bytes((folder / "network.safetensors").read_bytes()[:1000])
+    (tmp_path / "network.safetensors").write_bytes((model / "network.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
         mcic.load(tmp_path)
-    (tmp_path / "network.safetensors").write_bytes((folder / "network.safetensors").read_bytes())
+    (tmp_path / "network.safetensors").write_bytes((model / "network.safetensors").read_bytes())
     for damage in ({"palette": [[0, 0, 0]]}, {"palette": [[0, 0, 999]] * 4}, {"classes": ["ant"]}, {"long_side": "x"}):
         (tmp_path / "network.json").write_text(json.dumps({**whole, **damage}))
         with pytest.raises(ValueError, match=r"cannot be read|network\.json is damaged"):
@@ -297,10 +284,10 @@ def test_folders_that_hold_no_network(folder, tmp_path):
         mcic.load(tmp_path)
 
 
-def test_a_run_folder_is_a_model(folder, tmp_path):
+def test_a_run_folder_is_a_model(model, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("network.json", "network.safetensors"):
-        (tmp_path / "checkpoints" / name).write_bytes((folder / name).read_bytes())
+        (tmp_path / "checkpoints" / name).write_bytes((model / name).read_bytes())
     assert mcic.load(tmp_path, device="cpu").classes == ("background", *CLASSES)
 
 
@@ -312,11 +299,11 @@ def test_importing_the_package_stays_light():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("protocol", ["single", "voc"])
-def test_the_gpu_gives_what_the_cpu_gives(folder, monkeypatch, protocol):
+def test_the_gpu_gives_what_the_cpu_gives(model, monkeypatch, protocol):
     monkeypatch.setattr(tiles, "CONTEXT", 72)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pixels = photo(411, 702)
-    expected = mcic.load(folder, device="cpu", protocol=protocol).predict(pixels)
+    expected = mcic.load(model, device="cpu", protocol=protocol).predict(pixels)
     for tile, precision, share in ((1536, "fp32", 0.999), (500, "fp32", 0.98), (1536, "bf16", 0.9)):
-        predictor = mcic.load(folder, device="cuda", protocol=protocol, tile=tile, precision=precision)
+        predictor = mcic.load(model, device="cuda", protocol=protocol, tile=tile, precision=precision)
         assert (predictor.predict(pixels).mask == expected.mask).mean() > share

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import save_random_network
 from PIL import Image
 from shards import encoded, write_shard
 from trees import scene
@@ -44,13 +43,6 @@ def save_or_die(self, path):
 Segmentation.save = save_or_die
 sys.exit(run("mcic", predict.main, sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_random_network(path)
-    return path
 
 
 @pytest.fixture

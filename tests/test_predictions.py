@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import photo, save_random_network
+from networks import photo
 from PIL import Image
 
 import mcic
@@ -17,18 +17,6 @@ from mcic.cli.predict import main
 from mcic.data.images import read_mask
 from mcic.predictions import find_images, predict_files
 from mcic.segmentation import Segmentation
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_random_network(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def predictor(folder):
-    return mcic.load(folder, device="cpu")
 
 
 @pytest.fixture
@@ -228,12 +216,12 @@ def test_what_cannot_be_predicted_again_stays_as_it_was(predictor, photos, tmp_p
     assert {row["name"] for row in rows_of(out)} == {"a/x", "a/x-2", "b/x", "b/ü ö"}
 
 
-def test_a_name_that_is_not_utf8_is_passed_over(folder, photos, capsys, tmp_path):
+def test_a_name_that_is_not_utf8_is_passed_over(model, photos, capsys, tmp_path):
     try:
         (photos / "a" / "x.jpg").rename(photos / "a" / "caf\udce9.jpg")
     except OSError:
         pytest.skip("this file system takes no such name")
-    status, said, _ = command(capsys, folder, photos, "--out", tmp_path / "out")
+    status, said, _ = command(capsys, model, photos, "--out", tmp_path / "out")
     assert status == 1
     assert "caf\ufffd.jpg: its name is not UTF-8" in " ".join(said.split())
     assert {row["name"] for row in rows_of(tmp_path / "out")} == {"a/x", "b/x", "b/ü ö"}
@@ -313,28 +301,28 @@ def command(capsys, *argv) -> tuple[int, str, str]:
     return status, said.out, said.err
 
 
-def test_exit_status_says_how_it_went(folder, photos, tmp_path, capsys):
+def test_exit_status_says_how_it_went(model, photos, tmp_path, capsys):
     out = tmp_path / "out"
-    status, said, _ = command(capsys, folder, photos, "--out", out)
+    status, said, _ = command(capsys, model, photos, "--out", out)
     assert (status, "predicted" in said) == (0, True)
     whole = (photos / "a" / "x.jpg").read_bytes()
     (photos / "a" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
-    status, said, _ = command(capsys, folder, photos, "--out", out)
+    status, said, _ = command(capsys, model, photos, "--out", out)
     assert status == 1
     assert "broken.jpg" in said
     assert "there already" in said
-    status, said, _ = command(capsys, folder, photos / "a" / "broken.jpg", "--out", tmp_path / "none")
+    status, said, _ = command(capsys, model, photos / "a" / "broken.jpg", "--out", tmp_path / "none")
     assert status == 2
     assert not (tmp_path / "none").exists()
 
 
-def test_tags_from_the_command_line(folder, photos, tmp_path, capsys):
-    status, *_ = command(capsys, folder, photos, "--out", tmp_path / "all", "--tags", "dog, cat")
+def test_tags_from_the_command_line(model, photos, tmp_path, capsys):
+    status, *_ = command(capsys, model, photos, "--out", tmp_path / "all", "--tags", "dog, cat")
     assert status == 0
     assert {row["class"] for row in rows_of(tmp_path / "all")} <= {"background", "cat", "dog"}
     table = tmp_path / "tags.csv"
     table.write_text("image,tags\nphotos/a/x.jpg,dog\na/x.png,cat\nb/x,\nü ö,ant|cat|dog\n", encoding="utf-8")
-    status, *_ = command(capsys, folder, photos, "--out", tmp_path / "each", "--tags", table)
+    status, *_ = command(capsys, model, photos, "--out", tmp_path / "each", "--tags", table)
     assert status == 0
     seen = {name: {row["class"] for row in rows_of(tmp_path / "each") if row["name"] == name}
             for name in ("a/x", "a/x-2", "b/x", "b/ü ö")}  # fmt: skip
@@ -358,9 +346,9 @@ def test_tags_from_the_command_line(folder, photos, tmp_path, capsys):
         (["{model}", "{photos}", "--out", "{photos}/a/x.jpg"], "x.jpg"),
     ],
 )
-def test_mistakes_are_one_sentence(folder, photos, tmp_path, capsys, arguments, said):
+def test_mistakes_are_one_sentence(model, photos, tmp_path, capsys, arguments, said):
     before = files_below(photos)
-    places = {"model": folder, "photos": photos, "out": tmp_path / "out"}
+    places = {"model": model, "photos": photos, "out": tmp_path / "out"}
     status, _, error = command(capsys, *(argument.format(**places) for argument in arguments))
     assert status == 2
     assert said in error
