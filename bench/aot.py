@@ -39,7 +39,9 @@ from triton.runtime.jit import JITFunction
 
 from .kernel_cases import CASES, Case
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
+}  # fmt: skip
 """bytes of shared memory that one block may use"""
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 SHIPPED = (("sm_80", "sm_90"), ("bf16", "fp32"))

@@ -73,11 +73,15 @@ class Case:
         message = self.query.new_full((heads, batch, pixels, out_channels), NAN, dtype=per_head)
         entropy = self.query.new_full((heads, batch, pixels), NAN, dtype=torch.float32)
         stats = self.query.new_full((3, heads, batch, pixels), NAN, dtype=torch.float32)
+        totals = torch.full((batch,), -1, dtype=torch.int32, device=self.query.device)
         streaming_forward(
             self.query, self.keys, self.values, self.bias, self.counts, self.class_mask,
             scale=SCALE, threshold=self.threshold, row_limit=row_limit, message=message, entropy=entropy, stats=stats,
+            totals=totals,
         )  # fmt: skip
-        return message, entropy, stats
+        slots = self.counts.clamp(0, self.keys.shape[2])
+        assert not message.numel() or torch.equal(totals, torch.where(self.class_mask, slots, 0).sum(1).int())
+        return message, entropy, stats, totals
 
     def backward(self, saved, row_limit: int = -1, wanted=GRADIENTS, filled: float = 0.0) -> dict[str, torch.Tensor]:
         """Gradients; those of the bank are added to `filled`."""
@@ -99,9 +103,9 @@ class Case:
 
     def run(self) -> dict[str, torch.Tensor]:
         """What the operation gives: heads summed, their entropies averaged."""
-        message, entropy, stats = self.forward()
+        message, entropy, stats, totals = self.forward()
         assert stats.isfinite().all()
-        gradients = self.backward((message, entropy, stats))
+        gradients = self.backward((message, entropy, stats, totals))
         gradients["query"] = gradients["query"].sum(0)
         return {"message": message.sum(0), "entropy": entropy.mean(0)} | gradients
 
@@ -150,7 +154,7 @@ def test_shapes(device, shape):
 def test_many_classes(device):
     classes = ((0, 1) * 64 + (0, 1), (0,) * 128 + (1, 1))
     case = Case(device, counts=(3,) * 130, slots=3, classes=classes, pixels=4, channels=8, out_channels=8)
-    expected, (message, entropy, _) = case.reference(), case.forward()
+    expected, (message, entropy, *_) = case.reference(), case.forward()
     assert_close({"message": message[0], "entropy": entropy[0]}, expected, torch.float32)
 
 
@@ -158,7 +162,7 @@ def test_support_over_many_pixels(device):
     case = Case(device, threshold=1.0, pixels=500, counts=(19, 30, 5, 0), slots=30, channels=8, out_channels=4)
     band = case.at_threshold()
     assert band.double().mean() <= 1e-3
-    message, _, stats = case.forward()
+    message, _, stats, _ = case.forward()
     expected = case.reference()["message"].masked_fill(band[..., None], 0)
     assert_close({"message": message[0].masked_fill(band[..., None], 0)}, {"message": expected}, torch.float32)
     assert (stats[2, 0] > 1).any()  # something was dropped

@@ -34,23 +34,6 @@ def num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def most_entries(class_mask_ptr, counts_ptr, B, K, S, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The largest n_b of the batch, looked up for BLOCK_B images at a time."""
-    most = 0
-    for i_b in range(0, B, BLOCK_B):
-        o_b = i_b + tl.arange(0, BLOCK_B)
-        b_entries = tl.zeros((BLOCK_B,), tl.int32)
-        for i_k in range(0, K, BLOCK_K):
-            o_k = i_k + tl.arange(0, BLOCK_K)
-            b_counts = tl.maximum(tl.minimum(tl.load(counts_ptr + o_k, mask=o_k < K, other=0), S), 0)
-            m_bk = (o_b < B)[:, None] & (o_k < K)[None, :]
-            b_mask = tl.load(class_mask_ptr + o_b.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_bk, other=0)
-            b_entries += tl.sum(tl.where(b_mask != 0, b_counts[None, :], 0), 1)
-        most = tl.maximum(most, tl.max(b_entries, 0))
-    return most
-
-
-@triton.jit
 def entry_rows(class_mask_ptr, counts_ptr, i_b, o_j, K, S, BLOCK_K: tl.constexpr):
     """Rows k·S + s of the entries `o_j` [J] of image `i_b`, int64, 0 where `o_j` ≥ n_b; and n_b."""
     n = 0

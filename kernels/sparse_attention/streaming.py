@@ -109,13 +109,17 @@ def sparse_attention_stream_stats_fwd_kernel(
     class_mask_ptr,  # bool [B, K]
     entropy_ptr,  # f32 [heads, B, N]
     stats_ptr,  # f32 [3, heads, B, N]; the first two are written
+    totals_ptr,  # i32 [B] or None; n_b of every image is written
     stride_qb, stride_qn, stride_qd, scale, row_limit, B, N, K, S, num_channels,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics and entropy of a block of pixels of one image under one head."""
     i_n, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K) <= row_limit:
+    n_b = num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K)
+    if totals_ptr is not None and i_n + i_h == 0:
+        tl.store(totals_ptr + i_b, n_b)
+    if n_b <= row_limit:
         return
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -150,6 +154,7 @@ def sparse_attention_stream_fwd_kernel(
     message_ptr,  # [heads, B, N, E]
     entropy_ptr,  # f32 [heads, B, N]
     stats_ptr,  # f32 [3, heads, B, N]
+    totals_ptr,  # i32 [B] or None; n_b of every image is written
     stride_qb, stride_qn, stride_qd, scale, log_threshold, row_limit, B, N, K, S, num_channels,
     D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -164,6 +169,8 @@ def sparse_attention_stream_fwd_kernel(
     i_n, i_b = tl.program_id(0), tl.program_id(1)
     i_h, i_e = (tl.program_id(2) // NUM_TILES).to(tl.int64), tl.program_id(2) % NUM_TILES
     n_b = num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K)
+    if totals_ptr is not None and i_n + tl.program_id(2) == 0:
+        tl.store(totals_ptr + i_b, n_b)
     if n_b <= row_limit:
         return
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
@@ -248,6 +255,7 @@ def launch_config(kernel: str, query: Tensor, **sizes: int) -> dict[str, int]:
 def streaming_forward(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, counts: Tensor, class_mask: Tensor, *,
     scale: float, threshold: float, row_limit: int, message: Tensor, entropy: Tensor, stats: Tensor,
+    totals: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the rows of the images that read more than row_limit entries; those of the others stay untouched.
 
@@ -261,6 +269,7 @@ def streaming_forward(
         message: [heads, B, N, E], contiguous, written.
         entropy: f32 [heads, B, N], contiguous, written.
         stats: f32 [3, heads, B, N], contiguous, written: row maximum, log-sum-exp, 1 / Σ of the kept probabilities.
+        totals: i32 [B], written for every image: n_b; or None.
     """
     batch, pixels, channels = query.shape
     heads, classes, slots, out_channels = values.shape
@@ -271,8 +280,8 @@ def streaming_forward(
     if threshold > 0:
         launch = launch_config("sparse_attention_stream_stats_fwd_kernel", query, BLOCK_D=channels)
         sparse_attention_stream_stats_fwd_kernel[triton.cdiv(pixels, launch["BLOCK_N"]), batch, heads](
-            query, keys, bias, counts, class_mask, entropy, stats, *query.stride(), scale, row_limit, *numbers,
-            **sizes, **launch,
+            query, keys, bias, counts, class_mask, entropy, stats, totals, *query.stride(), scale, row_limit,
+            *numbers, **sizes, **launch,
         )  # fmt: skip
     covers = {"BLOCK_D": channels, "BLOCK_E": out_channels}
     launch = launch_config("sparse_attention_stream_fwd_kernel", query, **covers)
@@ -281,7 +290,8 @@ def streaming_forward(
         launch = launch_config("sparse_attention_stream_fwd_kernel.wide", query, **covers)
     tiles = triton.cdiv(out_channels, launch["BLOCK_E"])
     sparse_attention_stream_fwd_kernel[triton.cdiv(pixels, launch["BLOCK_N"]), batch, heads * tiles](
-        query, keys, values, bias, counts, class_mask, message, entropy, stats, *query.stride(),
+        query, keys, values, bias, counts, class_mask, message, entropy, stats,
+        None if threshold > 0 else totals, *query.stride(),
         scale, log_threshold(threshold), row_limit, *numbers,
         E=out_channels, THRESHOLDED=threshold > 0, SLACK=slack(query.dtype), **sizes, **launch,
     )  # fmt: skip

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .entries import class_sizes, most_entries, num_entries
+from .entries import class_sizes
 from .streaming import (
-    BLOCK_CLASSES,
     UNREADABLE,
     cutoff,
     launch_config,
@@ -26,7 +25,7 @@ from .streaming import (
     slack,
 )  # fmt: skip
 
-BLOCK_IMAGES = tl.constexpr(16)  # how many images' entries are counted at a time
+BLOCK_IMAGES = tl.constexpr(64)  # how many images are looked at together
 
 
 @triton.jit
@@ -73,6 +72,7 @@ def sparse_attention_stream_query_bwd_kernel(
     bias_ptr,  # [heads, K, S] or None
     counts_ptr,  # i32 [K]
     class_mask_ptr,  # bool [B, K]
+    totals_ptr,  # i32 [B]
     message_ptr,  # [heads, B, N, E]
     entropy_ptr,  # f32 [heads, B, N]
     stats_ptr,  # f32 [3, heads, B, N]
@@ -81,7 +81,7 @@ def sparse_attention_stream_query_bwd_kernel(
     d_query_ptr,  # [heads, B, N, D]
     stride_qb, stride_qn, stride_qd, stride_mb, stride_mn, stride_me, stride_hb, stride_hn,
     scale, log_threshold, row_limit, B, N, K, S, num_channels, num_outputs,
-    D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def sparse_attention_stream_query_bwd_kernel(
     NUM_TILES: tl.constexpr = (D + BLOCK_T - 1) // BLOCK_T
     i_n, i_b, num_heads = tl.program_id(0).to(tl.int64) * BLOCK_N, tl.program_id(1), tl.num_programs(2) // NUM_TILES
     i_h, i_d = (tl.program_id(2) // NUM_TILES).to(tl.int64), tl.program_id(2) % NUM_TILES
-    n_b = num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K)
+    n_b = tl.load(totals_ptr + i_b)
     if n_b <= row_limit:
         return
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
@@ -130,11 +130,20 @@ def sparse_attention_stream_query_bwd_kernel(
 
 
 @triton.jit
-def read_pixels(class_mask_ptr, counts_ptr, i_b, i_k, row_limit, N, K, S, BLOCK_K: tl.constexpr):
+def all_below(totals_ptr, B, limit):
+    """Whether no image reads more than `limit` entries."""
+    most = 0
+    for i_b in range(0, B, BLOCK_IMAGES):
+        o_b = i_b + tl.arange(0, BLOCK_IMAGES)
+        most = tl.maximum(most, tl.max(tl.load(totals_ptr + o_b, mask=o_b < B, other=0), 0))
+    return most <= limit
+
+
+@triton.jit
+def read_pixels(totals_ptr, class_mask_ptr, counts_ptr, i_b, i_k, row_limit, N, K, S):
     """Number of entries of an image and how many of its pixels read class i_k here: all or none."""
-    i_b = tl.cast(i_b, tl.int64)
-    n_b = num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K)
-    reads = (n_b > row_limit) & (class_sizes(class_mask_ptr, counts_ptr, i_b, i_k, K, S) > 0)
+    n_b = tl.load(totals_ptr + i_b)
+    reads = (n_b > row_limit) & (class_sizes(class_mask_ptr, counts_ptr, tl.cast(i_b, tl.int64), i_k, K, S) > 0)
     return n_b, tl.where(reads, N, 0)
 
 
@@ -146,6 +155,7 @@ def sparse_attention_stream_keys_bwd_kernel(
     bias_ptr,  # [heads, K, S] or None
     counts_ptr,  # i32 [K]
     class_mask_ptr,  # bool [B, K]
+    totals_ptr,  # i32 [B]
     message_ptr,  # [heads, B, N, E]
     entropy_ptr,  # f32 [heads, B, N]
     stats_ptr,  # f32 [3, heads, B, N]
@@ -155,7 +165,7 @@ def sparse_attention_stream_keys_bwd_kernel(
     d_bias_ptr,  # [heads, K, S] or None, added to
     stride_qb, stride_qn, stride_qd, stride_mb, stride_mn, stride_me, stride_hb, stride_hn,
     scale, log_threshold, row_limit, B, N, K, S, num_channels, num_outputs,
-    D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, SLACK: tl.constexpr,
 ):  # fmt: skip
@@ -165,6 +175,8 @@ def sparse_attention_stream_keys_bwd_kernel(
     i_h, i_d = (tl.program_id(2) // NUM_TILES).to(tl.int64), tl.program_id(2) % NUM_TILES
     num_slots = tl.minimum(tl.load(counts_ptr + i_k), S)
     if i_m >= num_slots:
+        return
+    if all_below(totals_ptr, B, row_limit):
         return
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
     o_n, o_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
@@ -176,7 +188,7 @@ def sparse_attention_stream_keys_bwd_kernel(
     b_dk = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
     b_dbias = tl.zeros((BLOCK_M,), tl.float32)
     for i_b in range(0, B):
-        n_b, num_pixels = read_pixels(class_mask_ptr, counts_ptr, i_b, i_k, row_limit, N, K, S, BLOCK_K)
+        n_b, num_pixels = read_pixels(totals_ptr, class_mask_ptr, counts_ptr, i_b, i_k, row_limit, N, K, S)
         for first in range(0, num_pixels, BLOCK_N):
             m_n = first + o_n < N
             i_n = tl.cast(first, tl.int64)
@@ -221,12 +233,13 @@ def sparse_attention_stream_values_bwd_kernel(
     bias_ptr,  # [heads, K, S] or None
     counts_ptr,  # i32 [K]
     class_mask_ptr,  # bool [B, K]
+    totals_ptr,  # i32 [B]
     stats_ptr,  # f32 [3, heads, B, N]
     d_message_ptr,  # [B, N, E], strided
     d_values_ptr,  # [heads, K, S, E], added to
     stride_qb, stride_qn, stride_qd, stride_mb, stride_mn, stride_me,
     scale, log_threshold, row_limit, B, N, K, S, num_channels,
-    D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, THRESHOLDED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
     SLACK: tl.constexpr,
 ):  # fmt: skip
@@ -237,7 +250,7 @@ def sparse_attention_stream_values_bwd_kernel(
     num_slots = tl.minimum(tl.load(counts_ptr + i_k), S)
     if i_m >= num_slots:
         return
-    if most_entries(class_mask_ptr, counts_ptr, B, K, S, BLOCK_IMAGES, BLOCK_K) <= row_limit:
+    if all_below(totals_ptr, B, row_limit):
         return
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
     o_n, o_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
@@ -247,7 +260,7 @@ def sparse_attention_stream_values_bwd_kernel(
 
     b_dv = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
     for i_b in range(0, B):
-        n_b, num_pixels = read_pixels(class_mask_ptr, counts_ptr, i_b, i_k, row_limit, N, K, S, BLOCK_K)
+        n_b, num_pixels = read_pixels(totals_ptr, class_mask_ptr, counts_ptr, i_b, i_k, row_limit, N, K, S)
         for first in range(0, num_pixels, BLOCK_N):
             m_n = first + o_n < N
             i_n = tl.cast(first, tl.int64)
@@ -274,14 +287,14 @@ def sparse_attention_stream_values_bwd_kernel(
 
 def streaming_backward(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, counts: Tensor, class_mask: Tensor,
-    message: Tensor, entropy: Tensor, stats: Tensor, d_message: Tensor, d_entropy: Tensor, *,
+    message: Tensor, entropy: Tensor, stats: Tensor, totals: Tensor, d_message: Tensor, d_entropy: Tensor, *,
     scale: float, threshold: float, row_limit: int,
     d_query: Tensor | None, d_keys: Tensor | None, d_values: Tensor | None, d_bias: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients through the images that read more than row_limit entries; the arguments of `streaming_forward` and:
 
     Args:
-        message, entropy, stats: what `streaming_forward` wrote, per head.
+        message, entropy, stats, totals: what `streaming_forward` wrote, per head.
         d_message, d_entropy: [B, N, E] and f32 [B, N], any strides; the gradient of the entropy summed over heads.
         d_query: [heads, B, N, D] or None, contiguous; the rows of these images are written.
         d_keys, d_values, d_bias: shaped like keys, values and bias, contiguous, or None; each number is added to once.
@@ -290,12 +303,12 @@ def streaming_backward(
     heads, classes, slots, out_channels = values.shape
     if batch * pixels == 0:
         return
-    read = (query, keys, values, bias, counts, class_mask, message, entropy, stats, d_message, d_entropy)
+    read = (query, keys, values, bias, counts, class_mask, totals, message, entropy, stats, d_message, d_entropy)
     numbers = (scale, log_threshold(threshold), row_limit, batch, pixels, classes, slots, channels)
     strides = (*query.stride(), *d_message.stride())
     constants = {
-        "D": channels, "E": out_channels, "THRESHOLDED": threshold > 0, "BLOCK_K": BLOCK_CLASSES,
-        "PRECISION": precision(), "SLACK": slack(query.dtype),
+        "D": channels, "E": out_channels, "THRESHOLDED": threshold > 0, "PRECISION": precision(),
+        "SLACK": slack(query.dtype),
     }  # fmt: skip
     if d_query is not None:
         launch = launch_config(
@@ -321,5 +334,6 @@ def streaming_backward(
         )
         tiles = triton.cdiv(out_channels, launch["BLOCK_T"])
         sparse_attention_stream_values_bwd_kernel[triton.cdiv(slots, launch["BLOCK_M"]), classes, heads * tiles](
-            query, keys, bias, counts, class_mask, stats, d_message, d_values, *strides, *numbers, **constants, **launch
-        )
+            query, keys, bias, counts, class_mask, totals, stats, d_message, d_values, *strides, *numbers,
+            **constants, **launch,
+        )  # fmt: skip

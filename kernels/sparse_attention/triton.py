@@ -84,6 +84,7 @@ def _saved_shapes(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, tupl
         "attention": ([heads, batch, pixels, row] if row else [0], query.dtype),
         "stats": ([3, heads, batch, pixels], torch.float32),
         "starts": ([batch, classes], torch.int32),
+        "totals": ([batch] if streams else [0], torch.int32),
     }
 
 
@@ -98,7 +99,7 @@ def sparse_attention_fwd(
     scale: float,
     threshold: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """message [B, N, E], entropy [B, N] and, if `save`, what the backward pass needs (`_saved_shapes`), else empty.
 
     Takes [heads, K, S, ·] keys, values and bias, contiguous as counts and class_mask are, keys and values in the
@@ -114,7 +115,9 @@ def sparse_attention_fwd(
         entropies = entropy.new_empty(heads, batch, pixels)
     shapes = _saved_shapes(query, keys, values)
     saved = {name: query.new_empty(shape if save else [0], dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    attention, stats, starts = (saved[name] if save else None for name in ("attention", "stats", "starts"))
+    attention, stats, starts, totals = (
+        saved[name] if save else None for name in ("attention", "stats", "starts", "totals")
+    )
     tensors = (query, keys, values, key_bias, counts, class_mask)
     numbers = {"scale": scale, "threshold": threshold}
     if message.numel():
@@ -127,8 +130,9 @@ def sparse_attention_fwd(
             if streams:
                 stats = torch.empty(shapes["stats"][0], device=query.device) if stats is None else stats
                 streaming_forward(
-                    *tensors, **numbers, row_limit=limit, message=messages, entropy=entropies, stats=stats
-                )
+                    *tensors, **numbers, row_limit=limit, message=messages, entropy=entropies, stats=stats,
+                    totals=totals,
+                )  # fmt: skip
     if heads > 1:
         torch.sum(messages, 0, out=message) if message.dtype == torch.float32 else message.copy_(messages.sum(0))
         torch.mean(entropies, 0, out=entropy)
@@ -161,6 +165,7 @@ def sparse_attention_bwd(
     attention: Tensor,
     stats: Tensor,
     starts: Tensor,
+    totals: Tensor,
     d_message: Tensor,
     d_entropy: Tensor | None,
     scale: float,
@@ -205,8 +210,8 @@ def sparse_attention_bwd(
             if streams:
                 d_entropy = torch.zeros_like(stats[0, 0]) if d_entropy is None else d_entropy
                 streaming_backward(
-                    query, keys, values, key_bias, counts, class_mask, message, entropy, stats, d_message, d_entropy,
-                    row_limit=limit, **outputs,
+                    query, keys, values, key_bias, counts, class_mask, message, entropy, stats, totals, d_message,
+                    d_entropy, row_limit=limit, **outputs,
                 )  # fmt: skip
     for gradient, buffer in zip(gradients, buffers, strict=True):
         if gradient is not None and gradient.data_ptr() != buffer.data_ptr():
@@ -215,8 +220,8 @@ def sparse_attention_bwd(
 
 
 @sparse_attention_bwd.register_fake
-def _(query, keys, values, key_bias, counts, class_mask, message, entropy, attention, stats, starts, d_message,
-      d_entropy, scale, threshold, wants):  # fmt: skip
+def _(query, keys, values, key_bias, counts, class_mask, message, entropy, attention, stats, starts, totals,
+      d_message, d_entropy, scale, threshold, wants):  # fmt: skip
     tensors = zip((query, keys, values, key_bias), wants, strict=True)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else query.new_empty(0)
@@ -226,7 +231,7 @@ def _(query, keys, values, key_bias, counts, class_mask, message, entropy, atten
 
 def _setup_context(ctx, inputs, output):
     query, keys, values, key_bias, counts, class_mask, ctx.scale, ctx.threshold, saved = inputs
-    message, entropy, messages, entropies, attention, stats, starts = output
+    message, entropy, messages, entropies, attention, stats, starts, totals = output
     ctx.set_materialize_grads(False)
     if not saved:
         return
@@ -234,7 +239,8 @@ def _setup_context(ctx, inputs, output):
     if heads > 1:
         message, entropy = messages, entropies
     ctx.save_for_backward(
-        query, keys, values, key_bias, counts, class_mask, message, entropy, attention, stats, starts
+        query, keys, values, key_bias, counts, class_mask, message, entropy, attention, stats, starts,
+        totals,
     )  # fmt: skip
 
 
