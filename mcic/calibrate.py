@@ -153,7 +153,7 @@ def read_calibration(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--data.calibration {path} is not there: mcic calibrate RUN writes it")
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["field"] in ("background_power", "cam_threshold") and isinstance(stored["chosen"], float):
             return stored
     except (ValueError, KeyError, TypeError):

@@ -64,7 +64,7 @@ def save_checkpoint(
             write_tensors(_state_of(optimizer), partial / "optimizer.safetensors")
             states = {f"rank_{rank}": numbers for rank, numbers in enumerate(random_states or [])}
             write_tensors(states, partial / "random.safetensors")
-            (partial / "state.json").write_text(json.dumps({"step": step, **state}))
+            (partial / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps({"files": files, "sha256": _digest_of(files)}))
     except OSError as error:
@@ -148,7 +148,7 @@ def load_checkpoint(
         ValueError: not a checkpoint, a damaged one, or one of another model or other classes.
     """
     verify_checkpoint(path)
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     known = state.get("classes", list(classes))
     if known != list(classes):
         raise ValueError(f"{path} is of the classes {', '.join(known)}; the data now have {', '.join(classes)}: "
@@ -165,7 +165,7 @@ def used_ground_truth(path: Path) -> bool:
     """Whether masks that people drew had a part in the weights of a checkpoint or of an exported network."""
     for name in ("state.json", f"{NETWORK}.json"):
         if (path / name).is_file():
-            return bool(json.loads((path / name).read_text()).get("ground_truth_used"))
+            return bool(json.loads((path / name).read_text(encoding="utf-8")).get("ground_truth_used"))
     return False
 
 
@@ -187,7 +187,7 @@ def _prune(folder: Path, keep: int) -> None:
 
 def _score(path: Path) -> float | None:
     try:
-        return json.loads((path / "state.json").read_text()).get("score")
+        return json.loads((path / "state.json").read_text(encoding="utf-8")).get("score")
     except (OSError, ValueError):
         return None
 
@@ -203,9 +203,12 @@ def _digest_of(files: dict[str, dict[str, Any]]) -> str:
 
 def _shapes(path: Path) -> dict[str, tuple[list[int], str]]:
     """Shape and dtype of every tensor in a file, from its header alone."""
-    with safe_open(path, framework="pt") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -290,7 +293,7 @@ def load_network(folder: Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     description = folder / f"{NETWORK}.json"
     if not description.is_file():
         raise ValueError(f"{folder} holds no network: expected {NETWORK}.json and {NETWORK}.safetensors")
-    card = json.loads(description.read_text())
+    card = json.loads(description.read_text(encoding="utf-8"))
     spec = NetworkSpec(card["backbone"], card["output_stride"], card["segmentation_head"], card["num_classes"])
     network = SegmentationNetwork(spec)
     load_weights(network, folder / f"{NETWORK}.safetensors")

@@ -57,7 +57,7 @@ def settle(config: Config, train: Dataset, device: torch.device) -> Config:
 
     choose("data.long_side", lambda: min(max(SIDES[0], _median(train, max)), SIDES[1]))
     choose("train.size", lambda: _crop(config, model.network.stride, train))
-    choose("train.precision", lambda: "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+    choose("train.precision", lambda: "bf16" if _computes_in_bf16(device) else "fp32")
     choose("train.batch_size", lambda: _batch_size(config, model, len(train), device))
     choose("train.epochs", lambda: min(60, max(4, round(12 * math.sqrt(300 / max(1, len(train)))))))
     if chosen:
@@ -122,6 +122,13 @@ def _batch_size(config: Config, model: MCIC, num_images: int, device: torch.devi
     while batch > 1 and (batch * per_image > parts * room or 4 * batch > num_images):
         batch //= 2
     return int(distributed.from_first(str(max(1, batch // parts) * parts)))
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _crop(config: Config, stride: int, train: Dataset) -> int:

@@ -30,9 +30,9 @@ def initialize(device: torch.device, timeout: timedelta) -> None:
         timeout: how long a rank may wait for another before it ends and names that one, see `mcic.watch`.
     """
     global _watch
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs belong to the current one
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun keeps its store when it starts the ranks again: addresses of the dead must not be found there.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -86,6 +86,14 @@ def from_first(text: str) -> str:
     return box[0]
 
 
+def same_everywhere(text: str) -> bool:
+    """Whether all ranks have the same text; they all get the same answer."""
+    boxes: list[Any] = [text] * world_size()
+    if _exchanging():
+        dist.all_gather_object(boxes, text)
+    return len(set(boxes)) == 1
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """The rows of all ranks in rank order; every rank has equally many."""
     if not _exchanging():
@@ -118,13 +126,17 @@ class _SumWithGradient(torch.autograd.Function):
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum the gradients over ranks in one flat message per dtype; a parameter without gradient counts as 0."""
+    """Sum the gradients over ranks in one flat message per dtype; one that is missing is 0, also of a single process,
+    so that weight decay treats its parameter alike whatever the number of ranks."""
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if not _exchanging():
         return
-    trained = [p for p in parameters if p.requires_grad]
     for dtype in sorted({p.dtype for p in trained}, key=str):
         group = [p for p in trained if p.dtype == dtype]
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in group])
+        flat = torch.cat([p.grad.flatten() for p in group])
         dist.all_reduce(flat)
         for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
             # In the parameter's order of dimensions, which the fused update takes for granted.

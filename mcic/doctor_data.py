@@ -69,7 +69,7 @@ def findings(contents: Contents, root: Path) -> list[Finding]:
 def _dropped(dropped: Sequence[Dropped], root: Path) -> list[Finding]:
     found = []
     for kind, words in DROPPED.items():
-        names = [f"{_relative(entry.name, root)}{f': {entry.reason}' if entry.reason else ''}"
+        names = [f"{_relative(entry.name, root)}{f': {printable(entry.reason)}' if entry.reason else ''}"
                  for entry in dropped if entry.kind == kind]  # fmt: skip
         if names:
             found.append(Finding(f"dropped-{kind}", "drop", f"{words}: left out", tuple(names)))

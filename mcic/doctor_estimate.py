@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from mcic.build import peak_memory
-from mcic.data import Batch, Dataset, EvalItem, default_workers, eval_items
+from mcic.data import Batch, Dataset, EvalItem, SaliencySource, default_workers, eval_items
 from mcic.evaluate import evaluate_masks, evaluate_network
 from mcic.trainer import Trainer
 from mcic.update import WARM_UP_CALLS
@@ -114,17 +114,19 @@ def _evaluation_seconds(trainer: Trainer) -> float:
     """Seconds of the evaluation at the end, and of those on the way where some are asked for."""
     config, data, model = trainer.config, trainer.data, trainer.model
 
-    def each(dataset: Dataset, work: Callable[[Iterator[EvalItem]], object]) -> float:
+    def each(dataset: Dataset, saliency: SaliencySource | None, work: Callable[[Iterator[EvalItem]], object]) -> float:
         count = min(SAMPLES, len(dataset))
-        items = eval_items(dataset, trainer.saliency, indices=range(count))
+        items = eval_items(dataset, saliency, indices=range(count))
         return _timed(trainer, lambda: work(items)) / count
 
     network = partial(evaluate_network, model, protocol=config.eval.protocol, device=trainer.device)
     masks = partial(evaluate_masks, model, trainer.objective, device=trainer.device)
     rounds = 1 + ((config.train.epochs - 1) // config.eval.every if config.eval.every else 0)
     measured = min(config.eval.mask_images, len(data.train))
-    seconds = rounds * len(data.val) * each(data.val, lambda items: network(items=items))
-    return seconds + (measured * each(data.train, lambda items: masks(items=items)) if measured else 0.0)
+    seconds = rounds * len(data.val) * each(data.val, None, lambda items: network(items=items))
+    if measured:
+        seconds += measured * each(data.train, trainer.saliency, lambda items: masks(items=items))
+    return seconds
 
 
 def _timed(trainer: Trainer, work: Callable[[], object]) -> float:

@@ -141,13 +141,16 @@ def summarize(
     return summary
 
 
-def evaluate_run(run: Path, *, protocol: str | None = None, split: str = "val") -> dict[str, Any]:
+def evaluate_run(
+    run: Path, *, protocol: str | None = None, split: str = "val", device: str | None = None
+) -> dict[str, Any]:
     """Score the newest checkpoint of a run again.
 
     Args:
         run: the run folder.
         protocol: see `mcic.inference.PROTOCOLS`; None: the run's own.
         split: `val`: the network and s̃; `train`: the masks M, M', M'' and the control.
+        device: as `run.device`; None: the run's own.
 
     Returns:
         Entries of `summary.json`, IoUs in percent.
@@ -155,18 +158,20 @@ def evaluate_run(run: Path, *, protocol: str | None = None, split: str = "val") 
     Raises:
         ValueError: no run folder, or one without a checkpoint.
     """
-    restored = restore_run(run)
-    config, data, model, device = restored.config, restored.data, restored.model, restored.device
+    restored = restore_run(run, device=device)
+    config, data, model, place = restored.config, restored.data, restored.model, restored.device
     dataset = getattr(data, split)
     if split == "train":
         dataset.subset(config.eval.mask_images or None)
-    items = eval_items(dataset, restored.saliency, workers=default_workers(config.data.workers, dataset))
+    saliency = restored.saliency if split == "train" else None  # only masks are made with it
+    items = eval_items(dataset, saliency, workers=default_workers(config.data.workers, dataset))
     network, masks = {}, {}
-    with in_words(device, SMALLER_IMAGES):
+    with in_words(place, SMALLER_IMAGES):
         if split == "train":
-            masks = evaluate_masks(model, Objective(config.method), items, device=device)
+            objective = Objective(config.method, backend=config.run.backend)
+            masks = evaluate_masks(model, objective, items, device=place)
         else:
-            network = evaluate_network(model, items, protocol=protocol or config.eval.protocol, device=device)
+            network = evaluate_network(model, items, protocol=protocol or config.eval.protocol, device=place)
     return summarize(network, masks, data.train.classes)
 
 

@@ -127,13 +127,14 @@ def export_network(
     network, card = read_network(model)
     config, summary = training_facts(model)
     batches = check_batches(model, images, card)
-    staging = out.absolute().with_name(f".{out.absolute().name}.partial")
+    out = Path(os.path.realpath(out))  # the files go to where a link leads
+    staging = out / ".partial" if out.exists() else out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         checks = _write(staging, network, card, formats, batches)
         card = _describe(staging, checks)
         (staging / CARD).write_text(model_card(card, config=config, summary=summary), encoding="utf-8")
-        if out.exists() and any(out.iterdir()):
+        if out.exists():
             for name in _TARGETS:
                 if (staging / name).exists():
                     os.replace(staging / name, out / name)
@@ -207,7 +208,10 @@ def _write(
     folder: Path, network: SegmentationNetwork, card: dict[str, Any], formats: list[str], batches: list[np.ndarray]
 ) -> list[Check]:
     """Write the formats and compare each, as read back from its file, with the network."""
-    save_network(folder, network, classes=card["classes"], palette=card["palette"], long_side=card.get("long_side", 0))
+    save_network(
+        folder, network, classes=card["classes"], palette=card["palette"], long_side=card.get("long_side", 0),
+        ground_truth_used=bool(card.get("ground_truth_used")),
+    )  # fmt: skip
     shutil.copymode(folder / DESCRIPTION, folder / FILES["safetensors"])  # safetensors makes files for the owner only
     program = _program(network) if len(formats) > 1 else None
     checks = []
@@ -215,7 +219,7 @@ def _write(
         path = folder / FILES[name]
         log.info("%s: writing and comparing", path.name)
         if name == "torch":
-            torch.export.save(program, path, extra_files={DESCRIPTION: (folder / DESCRIPTION).read_text()})
+            torch.export.save(program, path, extra_files={DESCRIPTION: _text(folder / DESCRIPTION)})
         elif name == "onnx":
             _save_onnx(program, path, card)
         checks.append(compare(network, _READERS[name](path), batches, name=name, path=path))
@@ -310,10 +314,14 @@ _READERS: dict[str, Callable[[Path], Run]] = {
 }  # fmt: skip
 
 
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def _describe(folder: Path, checks: list[Check]) -> dict[str, Any]:
     """Add the contract and the checks to `network.json`; returns its content."""
     path = folder / DESCRIPTION
-    card = json.loads(path.read_text())
+    card = json.loads(_text(path))
     card["contract"] = {
         "input": {"name": "images", "type": "float32", "shape": ["batch", 3, "height", "width"], "colour": "RGB",
                   "range": [0, 1], "sides": "2 or more"},

@@ -34,7 +34,7 @@ def claim_folder(folder: Path, record: dict[str, Any], *, overwrite: bool) -> No
     """
     record = json.loads(json.dumps({"format": FORMAT, **record}))  # as it is read back: lists for tuples
     found = _settings(folder)
-    if found is None and folder.exists() and any(folder.iterdir()):
+    if found is None and any(path for path in folder.glob("*") if not path.name.startswith(".")):
         raise ValueError(f"{folder} holds other files than masks: choose another --out")
     differing = [] if found is None or overwrite else [name for name in record if found.get(name) != record[name]]
     if differing:
@@ -51,7 +51,7 @@ def claim_folder(folder: Path, record: dict[str, Any], *, overwrite: bool) -> No
         write_json(folder / SETTINGS, record)  # first: what follows is ours
         for part in PARTS:
             (folder / part).mkdir(exist_ok=True)
-            remove_partials(folder / part)
+        remove_partials(folder)
     distributed.barrier()
 
 

@@ -33,6 +33,7 @@ from torch import nn
 
 from mcic import __version__, distributed
 from mcic.areas import AreaTable
+from mcic.data.folder import ImageNames, file_name
 from mcic.data.names import is_text
 from mcic.data.shards import images_of, names_shards
 from mcic.data.tags import key_of, read_table
@@ -87,7 +88,7 @@ def find_images(sources: Iterable[str | Path], *, out: Path) -> list[ImageFile]:
 
     Tars are files, patterns that end with .tar, commands and URLs, see `mcic.data.shards`. Of a folder all files with
     the ending of an image format are taken, also in sub-folders, whose names stay in the images' names; but hidden
-    ones, and what an earlier prediction wrote below `out`.
+    ones, and what an earlier prediction wrote there or below `out`. Links to folders are not followed.
 
     Raises:
         ValueError: a source is no file, and no image is found in it.
@@ -119,10 +120,13 @@ def _matches(source: str) -> Iterator[ImageFile]:
 
 
 def _images_below(folder: Path) -> list[Path]:
+    """In the order of their paths. What predictions wrote anywhere in the folder are no photographs."""
+    written = {path.parent / name for path in folder.rglob(SETTINGS) for name in _FILES}
     return sorted(
         path for path in folder.rglob("*")
         if path.suffix.lower() in readable_suffixes() and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and written.isdisjoint(path.parents)
     )  # fmt: skip
 
 
@@ -133,17 +137,24 @@ def _absolute(path: str | Path) -> Path:
 def tags_of_images(table: Path, images: Sequence[ImageFile]) -> dict[Path, frozenset[str]]:
     """The tags of every image from a table in one of the forms of `mcic.data.tags`.
 
-    A row names an image by the end of its path, with or without the ending: `sub/x.jpg`, `x.jpg` or `x`.
+    A row names an image by the end of its path, with or without the ending: `sub/x.jpg`, `x.jpg` or `x`; where no
+    row does, by the rules with which training reads tables: case and the image's ending play no part.
 
     Raises:
-        ValueError: the table cannot be read, or has no row for an image.
+        ValueError: the table cannot be read, has no row for an image, or one that may mean several images.
     """
     if table.suffix not in (".csv", ".tsv", ".json", ".jsonl") or not table.is_file():
         raise ValueError(f"{table} is no table of tags: expected a .csv, .tsv, .json or .jsonl file")
+    listed = read_table(table)
     rows: dict[str, frozenset[str]] = {}
-    for row in read_table(table):
+    for row in listed:
         rows[row.image] = rows.get(row.image, frozenset()) | row.tags
     tags = {image.path: next((rows[key] for key in _keys(image.path) if key in rows), None) for image in images}
+    unnamed = {key_of(Path(image.name)): image.path for image in images if tags[image.path] is None}
+    names = ImageNames(unnamed)
+    for row in listed:
+        if (key := names.find(row)) is not None:
+            tags[unnamed[key]] = (tags[unnamed[key]] or frozenset()) | row.tags
     missing = [path for path, found in tags.items() if found is None]
     if missing:
         raise ValueError(f"{table} has no row for {len(missing)} of {len(images)} images, such as {missing[0].name}")
@@ -157,10 +168,10 @@ def predict_files(
 ) -> Outcome:  # fmt: skip
     """Predict images into a folder; the ranks of a process group, if there is one, share them.
 
-    Images that have a mask there, made with the same tags, are passed over, so that a call can be repeated after an
-    interruption. Nothing is written over but what an earlier call wrote for the same image: where another file has the
-    name, the new one becomes `<name>-2`. An image that cannot be read is named in a warning and passed over; what was
-    written for it earlier stays.
+    Images that have a mask there and what else is wanted, made from the same file with the same tags, are passed
+    over, so that a call can be repeated after an interruption. Nothing is written over but what an earlier call
+    wrote for the same image: where another file has the name, the new one becomes `<name>-2`. An image that cannot
+    be read is named in a warning and passed over; what was written for it earlier stays.
 
     Args:
         images: of `find_images`.
@@ -183,11 +194,12 @@ def predict_files(
     order = [image.path for image in images]
     table = _claimed_table(out, settings, order, overwrite=overwrite)
     names = _names(images, table, out)
-    digests = {image.path: _digest(settings, tags[image.path] if isinstance(tags, dict) else ()) for image in images}
+    digests = _digests(settings, images, tags)
+    wanted = [LABELS, *[OVERLAYS] * overlays, *[CONFIDENCE] * confidence]
     done = {
         image.path for image in images
         if not overwrite and table.digest(image.path) == digests[image.path]
-        and _file(out, LABELS, names[image.path]).is_file()
+        and all(_file(out, folder, names[image.path]).is_file() for folder in wanted)
     }  # fmt: skip
     left = [place for place, image in enumerate(images) if image.path not in done]
     share = left[distributed.rank() :: distributed.world_size()]
@@ -299,10 +311,12 @@ def _names(images: Sequence[ImageFile], table: AreaTable, out: Path) -> dict[Pat
     names: dict[Path, str] = {}
     for image in images:
         known = table.rows.get(str(image.path))
-        number, name = 1, known[0]["name"] if known else image.name
+        *folders, last = image.name.split("/")
+        own = "/".join([*folders, file_name(last)])  # short enough for an ending, and more while it is written
+        number, name = 1, known[0]["name"] if known else own
         while not known and (name.casefold() in taken or any(_file(out, folder, name).exists() for folder in _FILES)):
             number += 1
-            name = f"{image.name}-{number}"
+            name = f"{own}-{number}"
         names[image.path] = name
         taken.add(name.casefold())
     return names
@@ -328,9 +342,25 @@ def _settings(predictor: Predictor, tags: dict[Path, frozenset[str]] | Sequence[
     }  # fmt: skip
 
 
-def _digest(settings: dict[str, Any], allowed: Iterable[str]) -> str:
-    """What one image's mask is made with, in 12 hexadecimal digits: the settings, and its tags where it has its own."""
-    return hashlib.sha256(json.dumps([settings, sorted(allowed)]).encode()).hexdigest()[:12]
+def _digests(
+    settings: dict[str, Any], images: Sequence[ImageFile], tags: dict[Path, frozenset[str]] | Sequence[str] | None
+) -> dict[Path, str]:
+    """What each image's mask is made with, in 12 hexadecimal digits: the settings, its tags where it has its own, and
+    size and time of its file; those of rank 0's, for all ranks must pass over the same images."""
+    made_with = [
+        [settings, sorted(tags[image.path]) if isinstance(tags, dict) else [], _state(image)] for image in images
+    ]
+    texts = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:12] for each in made_with]
+    return dict(zip((image.path for image in images), distributed.from_first(" ".join(texts)).split(), strict=True))
+
+
+def _state(image: ImageFile) -> list[int]:
+    """Bytes of the image's file and when it was changed, in ns; [] where it has none of its own."""
+    try:
+        facts = image.path.stat()
+    except (OSError, ValueError):
+        return []
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def _differs(out: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:

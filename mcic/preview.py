@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mcic.fonts import font_for
+
 IGNORE = 255
 EXAMPLES = Path("previews/final")
 """where a run folder keeps its examples"""
@@ -115,7 +117,7 @@ def contact_sheet(
             f"a contact sheet needs a caption per row and a title per column: got {len(rows)} rows of {widths} images, "
             f"{len(captions)} captions, {len(titles)} titles"
         )
-    font = ImageFont.load_default(max(11, cell // 12))
+    font = font_for([*titles, *captions], max(11, cell // 12))
     line, gap, margin = round(font.size * 1.6), 6, 14
     step = cell + gap
     width = 2 * margin + max(1, len(titles)) * step - gap

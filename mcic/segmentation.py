@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mcic.durable import write_with
+from mcic.fonts import font_for
 from mcic.preview import overlay
 
 OVERLAY_SIDE = 2048
@@ -97,7 +98,7 @@ class Segmentation:
 
     def _legend(self, width: int) -> np.ndarray:
         """uint8 [height, width, 3]: a coloured square and a name for every object class, largest first."""
-        font = ImageFont.load_default(max(11, min(24, width // 40)))
+        font = font_for(self.classes, max(11, min(24, width // 40)))
         line, gap = round(font.size * 1.7), round(font.size * 0.6)
         areas = sorted((area for area in self.areas() if area.name != self.classes[0]), key=lambda area: -area.pixels)
         boxes, left, top = [], gap, gap // 2

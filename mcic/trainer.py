@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mcic import distributed
 from mcic.build import PRECISIONS, build_model, choose_device, in_words, peak_memory, seed_everything
 from mcic.calibrate import apply_calibration
 from mcic.checkpoint import (
+    checkpoints,
     load_checkpoint,
     load_initial,
     load_random_state,
@@ -29,6 +30,9 @@ from mcic.config import Config
 from mcic.config_io import load_config, save_config
 from mcic.data import (
     Batch,
+    Dataset,
+    EvalItem,
+    SaliencySource,
     TrainLoader,
     build_data,
     build_saliency,
@@ -72,6 +76,8 @@ class Trainer:
         self.config = config = config.resolved()
         self.device = choose_device(config.run.device)
         distributed.initialize(self.device, timedelta(seconds=config.run.rank_timeout))
+        self.stop = StopRequest()
+        self.named_by_us = config.run.dir is None
         self.folder = self._choose_folder()
         self.summary = self._finished_summary()
         if self.summary is not None:
@@ -82,6 +88,8 @@ class Trainer:
         self.targets = build_targets(config, self.data.train)
         self.ground_truth_used = uses_ground_truth(config, self.targets)
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
+        if self.saliency is not None:
+            self.saliency.check(self.data.train)
         self.loader = self._build_loader()
         num_classes = len(self.data.train.classes) + 1
         backend = config.run.backend
@@ -121,6 +129,8 @@ class Trainer:
             distributed.finish()
             return self.summary
         run, train, leads = self.config.run, self.config.train, distributed.rank() == 0
+        if self.named_by_us:
+            self._claim_folder()
         if leads:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_with(self.folder / "config.yaml", lambda path: save_config(self.config, path))
@@ -128,7 +138,7 @@ class Trainer:
             write_text(self.folder / "env.json", json.dumps(environment(), indent=1))
         evaluated = min(self.step if self.epoch_closed else self.step - 1, self.total_steps - 1)
         with (
-            StopRequest() as stop,
+            self.stop as stop,
             RunLog(
                 self.folder, tensorboard=run.tensorboard, total_steps=self.total_steps, start_step=self.step,
                 evaluated_step=max(0, evaluated), enabled=leads,
@@ -138,7 +148,10 @@ class Trainer:
             with in_words(self.device, f"--train.batch-size {train.batch_size} or --train.size {train.size} must be "
                           "lower, or --train.accumulate higher"):  # fmt: skip
                 self._train(log, stop)
-            summary = self._summarize(log)
+            try:
+                summary = self._summarize(log)
+            except Stopped:
+                self._leave(log)
             if leads:
                 self._close(summary, log)
         distributed.barrier()
@@ -153,10 +166,14 @@ class Trainer:
         for epoch in range(self.step // steps, self.config.train.epochs):
             if self._train_epoch(epoch, log, stop):
                 self._save(log, epoch_closed=self.step % steps != 0)
-                log.message(f"Stopped after step {self.step}; --run.resume auto goes on from there")
-                distributed.finish()
-                raise Stopped
+                self._leave(log)
             self._end_epoch(epoch, log)
+
+    def _leave(self, log: RunLog) -> NoReturn:
+        """End a run that was asked to stop and is saved."""
+        log.message(f"Stopped after step {self.step}; --run.resume auto goes on from there")
+        distributed.finish()
+        raise Stopped
 
     def _train_epoch(self, epoch: int, log: RunLog, stop: StopRequest) -> bool:
         """The steps that are left of an epoch; returns whether the run is to stop."""
@@ -223,20 +240,24 @@ class Trainer:
     def _end_epoch(self, epoch: int, log: RunLog) -> None:
         run, every, score = self.config.run, self.config.eval.every, None
         if every and (epoch + 1) % every == 0 and epoch + 1 < self.config.train.epochs:
-            scores = summarize(self._evaluate_network(), {}, self.data.train.classes)
+            try:
+                scores = summarize(self._evaluate_network(), {}, self.data.train.classes)
+            except Stopped:
+                self._save(log, epoch_closed=False)
+                self._leave(log)
             log.evaluation(self.step, epoch, {k: v for k, v in scores.items() if isinstance(v, float)})
             score = scores["val/miou"]
         if rejected_labels(self.device):
             logger.warning("some contexts were not stored: their class is none of the bank's")
-        self._save(log, epoch_closed=True, score=score)
         if distributed.rank() == 0:
-            self._save_network()
-            if run.previews:
-                indices = range(min(run.previews, len(self.data.train)))
-                items = eval_items(self.data.train, self.saliency, indices=indices)
-                path = self.folder / "previews" / f"epoch-{epoch + 1:03d}.png"
-                with optional(path, clear=True):
-                    draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
+            self._save_network()  # before the epoch is closed: what is left undone then is never made up for
+        self._save(log, epoch_closed=True, score=score)
+        if run.previews and distributed.rank() == 0:
+            indices = range(min(run.previews, len(self.data.train)))
+            items = eval_items(self.data.train, self.saliency, indices=indices)
+            path = self.folder / "previews" / f"epoch-{epoch + 1:03d}.png"
+            with optional(path, clear=True):
+                draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
         distributed.barrier()
 
     def _save(self, log: RunLog, *, epoch_closed: bool, score: float | None = None) -> None:
@@ -270,7 +291,8 @@ class Trainer:
             measured = copy.copy(self.data.train)  # the whole set stays: the bank's ids are places in it
             measured.subset(config.eval.mask_images)
             with in_words(self.device, SMALLER_IMAGES):
-                masks = evaluate_masks(self.model, self.objective, self._items(measured), device=self.device)
+                items = self._items(measured, self.saliency)
+                masks = evaluate_masks(self.model, self.objective, items, device=self.device)
         summary = {
             "preset": config.preset,
             "data": config.data.name,
@@ -291,13 +313,17 @@ class Trainer:
         return summary
 
     def _evaluate_network(self) -> dict:
-        items = self._items(self.data.val)
+        items = self._items(self.data.val, None)
         with in_words(self.device, SMALLER_IMAGES):
             return evaluate_network(self.model, items, protocol=self.config.eval.protocol, device=self.device)
 
-    def _items(self, dataset: Any) -> Iterator:
+    def _items(self, dataset: Dataset, saliency: SaliencySource | None) -> Iterator[EvalItem]:
+        """This rank's images; alone, it leaves by `Stopped` between two of them where it was asked to stop."""
         workers = default_workers(self.config.data.workers, dataset)
-        return eval_items(dataset, self.saliency, indices=share_of_rank(len(dataset)), workers=workers)
+        for item in eval_items(dataset, saliency, indices=share_of_rank(len(dataset)), workers=workers):
+            if self.stop.made and distributed.world_size() == 1:
+                raise Stopped
+            yield item
 
     def _close(self, summary: dict[str, Any], log: RunLog) -> None:
         log.sync()
@@ -322,13 +348,39 @@ class Trainer:
         if run.dir is None:
             run.dir = distributed.from_first(f"runs/{self.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder = Path(run.dir)
-        if run.resume == "none" and any(folder.glob("*")):
+        source = Path(run.resume) if run.resume not in ("none", "auto") else None
+        own = source is not None and source.resolve().parent == (folder / "checkpoints").resolve()
+        if run.resume != "auto" and not own and any(folder.glob("*")):
             raise ValueError(
                 f"--run.dir {folder} already holds files: continue that run with --run.resume auto, "
                 "or choose another folder"
             )
+        newer = [path.name for path in checkpoints(folder / "checkpoints") if own and path.name > source.name]
+        if newer:
+            raise ValueError(
+                f"--run.resume {source} goes back behind {newer[-1]} of the same run: choose another --run.dir, so "
+                "that both ways on stay, or remove the newer checkpoints"
+            )
         distributed.barrier()  # every rank has looked before the first one writes
+        if run.resume == "auto" and not distributed.same_everywhere(_fingerprint(folder)):
+            raise ValueError(
+                f"--run.dir {folder} is not the same on all machines: to resume, it must lie on a disk that they share"
+            )
         return folder
+
+    def _claim_folder(self) -> None:
+        """Make the folder whose name is the time, or take another name: runs may start in the same second."""
+        name, number = str(self.folder), 1
+        while distributed.rank() == 0:
+            try:
+                Path(name).mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+                name = f"{self.folder}-{number}"
+        self.config.run.dir = distributed.from_first(name)
+        self.folder = Path(self.config.run.dir)
+        self.guard.folder = self.folder / "nonfinite"
 
     def _settled(self) -> Config:
         """The configuration with what it leaves to data and machine; a run that goes on keeps what it had."""
@@ -350,19 +402,19 @@ class Trainer:
 
     def _load_state(self) -> None:
         run = self.config.run
-        if run.init_from is not None:
-            load_initial(self.model, Path(run.init_from))
-        if run.resume == "none":
-            return
         path = newest_good(self.folder / "checkpoints") if run.resume == "auto" else Path(run.resume)
-        if path is None:
+        if run.resume == "none" or path is None:
+            if run.init_from is not None:
+                load_initial(self.model, Path(run.init_from))
             return
         classes = self.data.train.classes
         state = load_checkpoint(path, model=self.model, optimizer=self.optimizer, classes=classes)
         self.step, self.epoch_closed, self.guard.streak = state["step"], state["epoch_closed"], state["streak"]
         self.meter.seconds = state["seconds"]
         self.checkpoint_seconds = state.get("checkpoint_seconds", 0.0)
-        self.scaler.load_state_dict(state["scaler"])
+        self.ground_truth_used |= bool(state.get("ground_truth_used"))
+        if state["scaler"]:  # of fp16 only
+            self.scaler.load_state_dict(state["scaler"])
         before, ranks, batch = state.get("world_size", 1), distributed.world_size(), self.config.train.batch_size
         if before != ranks:
             logger.info(
@@ -379,8 +431,10 @@ class Trainer:
         path = self.folder / "summary.json"
         if self.config.run.resume != "auto" or not path.is_file():
             return None
-        summary = read_document(path, dict)
-        return summary if summary.get("epochs", 0) >= self.config.train.epochs else None
+        summary, epochs = read_document(path, dict), self.config.train.epochs
+        if epochs is None:  # the run keeps what it chose
+            epochs = load_config(self.folder / "config.yaml").train.epochs
+        return summary if summary.get("epochs", 0) >= epochs else None
 
     def _check(self) -> None:
         """What only shows when data, network and ranks are known."""
@@ -417,3 +471,10 @@ class Trainer:
             f"{len(data.train.classes)} classes, {config.model.backbone} on {self.device}, "
             f"{self.total_steps} steps{start} → {self.folder}"
         )
+
+
+def _fingerprint(folder: Path) -> str:
+    """What a run that goes on reads first."""
+    names = [path.name for path in (*folder.glob("*.json"), *checkpoints(folder / "checkpoints"))]
+    config = folder / "config.yaml"
+    return "\n".join([*sorted(names), config.read_text(encoding="utf-8") if config.is_file() else ""])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcic import distributed
 from mcic.data.base import Batch
@@ -42,7 +42,9 @@ class Update:
         self.accumulate = accumulate
         self.clip_grad = clip_grad
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.statistics = [buffer for name, buffer in model.named_buffers() if not name.startswith("memory.")]
+        trained = (module for name, module in model.named_modules() if not name.startswith("ema."))
+        norms = [module for module in trained if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]  # of frozen ones nothing moves
 
     def __call__(self, batch: Batch, ramp: Tensor) -> dict[str, Tensor]:
         """Update the weights; returns this rank's share of every figure, still on the device.
@@ -75,7 +77,7 @@ class Update:
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters)
         if self.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         skipped = ~norm.isfinite()
         self.optimizer.found_inf = skipped.float()  # the fused update does nothing where it is 1
         self.optimizer.step()  # not the scaler's, which knows of single values alone: finite ones may have no norm

@@ -22,6 +22,7 @@ def main(folder: str, *changes: str) -> None:
     asleep_at=STEP: once an hour of sleep for it
     nan_at=STEP: once its images hold a NaN
     order=PLACES: the images of a batch in another order
+    apart=1: every rank sees a run folder of its own
     patience=SECONDS, epochs=NUMBER, accumulate=NUMBER, resume=auto: of the configuration
     """
     options = dict(change.split("=") for change in changes)
@@ -46,6 +47,8 @@ def main(folder: str, *changes: str) -> None:
             "rank_timeout": float(options.get("patience", 600)),
         },
     )
+    if "apart" in options:
+        config.run.dir = str(Path(folder) / os.environ["RANK"])
     setup_logging()
     trainer = Trainer(config)
     trainer.update.dtype = torch.float32  # no autocast

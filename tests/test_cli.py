@@ -160,20 +160,21 @@ class TestMain:
         (tmp_path / "config.yaml").touch()
         asked = {}
 
-        def evaluate_run(run, *, protocol, split):
-            asked.update(run=run, protocol=protocol, split=split)
+        def evaluate_run(run, **options):
+            asked.update(run=run, **options)
             per_class = {"val": [50.0, None]}
             return {"val/miou": 61.234, "classes": ["background", "cat"], "per_class": per_class, "seconds": 3}
 
         library("mcic.evaluate", evaluate_run=evaluate_run)
-        assert main(["evaluate", str(tmp_path), "--protocol", "voc", "--split", "train"]) == 0
-        assert asked == {"run": tmp_path, "protocol": "voc", "split": "train"}
+        flags = ["--protocol", "voc", "--split", "train", "--device", "cpu"]
+        assert main(["evaluate", str(tmp_path), *flags]) == 0
+        assert asked == {"run": tmp_path, "protocol": "voc", "split": "train", "device": "cpu"}
         cells = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
         assert ["val/miou", "61.23"] in cells
         assert ["background", "50.00", "val"] in cells
         assert ["cat", "–", "val"] in cells
         assert main(["evaluate", str(tmp_path)]) == 0
-        assert asked == {"run": tmp_path, "protocol": None, "split": "val"}
+        assert asked == {"run": tmp_path, "protocol": None, "split": "val", "device": None}
 
     def test_report(self, library, tmp_path, capsys):
         (tmp_path / "config.yaml").touch()

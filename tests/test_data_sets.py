@@ -1,9 +1,9 @@
 """VOC, COCO and a user's own folder, read from small trees."""
 
-import builtins
 import json
 import logging
 import os
+import shutil
 import unicodedata
 
 import numpy as np
@@ -13,7 +13,7 @@ from trees import COLOURS, make_class_folders, make_coco, make_folder, make_tabl
 from mcic.config import DataConfig
 from mcic.data import build_data, eval_items
 from mcic.data.coco import COCO14
-from mcic.data.folder import Folder
+from mcic.data.folder import Folder, read_folder
 from mcic.data.voc import CLASSES, VOC12
 
 
@@ -109,20 +109,13 @@ def test_coco_masks_put_small_on_large_and_crowds_below(tmp_path):
 def test_coco_says_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no annotations/instances_train2014.json: expected a folder with"):
         COCO14(tmp_path, "train")
-    data = COCO14(make_coco(tmp_path), "train")
+    make_coco(tmp_path)
     (tmp_path / "annotations" / "instances_val2014.json").write_text(json.dumps({"images": []}))
     with pytest.raises(ValueError, match=r"instances_val2014.json does not hold COCO instances"):
         COCO14(tmp_path, "val")
-    real_import = builtins.__import__
-
-    def without_pycocotools(name, *args, **kwargs):
-        if name.startswith("pycocotools"):
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_pycocotools)
+    monkeypatch.setattr("mcic.data.coco.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install pycocotools"):
-        data.mask(0)
+        COCO14(tmp_path, "train")
 
 
 # A user's own folder
@@ -348,3 +341,53 @@ def test_a_class_called_background_is_refused_with_the_way_out(tmp_path):
             save_image(tmp_path / name / f"{name}{number}.png", scene(number, [1])[0])
     with pytest.raises(ValueError, match="leave the tags of images without an object empty"):
         Folder.splits(tmp_path, 0.4)
+
+
+def test_val_beside_images_and_tags_in_the_root_is_val(tmp_path):
+    root = make_folder(tmp_path / "data")
+    (root / "train" / "images").rename(root / "images")
+    (root / "train" / "tags.csv").rename(root / "tags.csv")
+    shutil.rmtree(root / "train")
+    contents = read_folder(root, 0.2)
+    assert not contents.held_out
+    assert {photo.path.parent for photo in contents.train} == {root / "images"}
+    assert all(photo.path.is_relative_to(root / "val") for photo in contents.val)
+
+
+@pytest.mark.parametrize("images", ["", "images"])
+def test_one_table_that_names_train_and_val_makes_the_sides(tmp_path, images):
+    rows = ["image,tags"]
+    for index in range(12):
+        part = "Val" if index % 3 == 0 else "train"
+        save_image(tmp_path / images / part / f"{index}.png", scene(index, [1])[0])
+        rows.append(f"{part}/{index}.png,a")
+    (tmp_path / "tags.csv").write_text("\n".join(rows))
+    contents = read_folder(tmp_path, 0.2)
+    assert not contents.held_out
+    assert {photo.path.parent.name for photo in contents.train} == {"train"}
+    assert [photo.path.stem for photo in contents.val] == ["0", "3", "6", "9"]
+
+
+def test_what_lies_beside_the_parts_is_named(tmp_path, caplog):
+    root = make_folder(tmp_path / "data")
+    (root / "val").rename(root / "Val")
+    for name in ("masks", "test"):
+        save_image(root / name / "0.png", scene(0, [1])[0])
+    folder = tmp_path / "classes"
+    for index, name in enumerate(("dog/0.png", "dog/1.png", "cat/2.png", "extra.png")):
+        save_image(folder / name, scene(index, [1])[0])
+    assert not read_folder(root, 0.2).held_out
+    Folder.splits(root, 0.2)
+    Folder.splits(folder, 0.2)
+    assert "1 folders of masks beside train/, where none are looked for (masks)" in caplog.text
+    assert "1 folders beside train/ and val/ (test)" in caplog.text
+    assert "1 images beside the folders of the classes (extra.png)" in caplog.text
+
+
+def test_a_validation_root_is_for_tars_and_a_relative_root_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"--data\.val-root is for sets in tars"):
+        build_data(DataConfig(name="folder", root=str(root), val_root=str(root)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"--data.root photos is no folder in {tmp_path}"):
+        build_data(DataConfig(name="folder", root="photos"))

@@ -39,7 +39,7 @@ def tags_in(root):
         ("tags.json", '{"a.jpg": ["dog"], "b.jpg": "dog|cat", "c.jpg": [], "d.jpg": {"dog": false, "cat": true}}'),
         ("tags.json", '[{"image": "a.jpg", "tags": ["dog"]}, {"file_name": "b.jpg", "Labels": [{"name": "dog"}, '
                       '"cat"]},'
-                      '{"image": "c.jpg"}, ["d.jpg", ["cat"]]]'),
+                      '{"image": "c.jpg", "tags": null}, ["d.jpg", ["cat"]]]'),
         ("labels.json", '{"version": 1, "images": [{"image": "a.jpg", "label": "dog"}, {"image": "b.jpg", '
                         '"label": "dog"},'
                         '{"image": "b.jpg", "label": "cat"}, {"image": "c.jpg", "label": null},'
@@ -123,6 +123,8 @@ def test_names_find_images_by_the_end_of_a_path_or_in_other_case_but_never_by_gu
         ("tags.csv", "image,tags\na.jpg,dog\n,cat\n", r"tags.csv, line 3 names no image"),
         ("tags.csv", "image,tags\n\nC:\\x\\..\\a.jpg,dog\n", r"tags.csv, line 3: 'C:\\\\x.*' leaves images/"),
         ("tags.csv", f"image,tags\na.jpg,{'x' * 200_000}\n", r"tags.csv, line \d: field larger than field limit"),
+        ("tags.csv", 'image,tags\na.jpg,"dog\nb.jpg,cat\n', r"tags.csv, line 3: unexpected end of data"),
+        ("labels.csv", "image,dog,dog\na.jpg,1,0\n", r"labels.csv has several columns 'dog': a class has one"),
         ("labels.csv", "image,dog\na.jpg,1\nb.jpg,3\n", r"labels.csv, line 3 has '3' under 'dog': expected the header"),
         ("tags.json", "{", r"tags.json is not JSON: "),
         ("tags.json", "[" * 100_000, r"tags.json is not JSON: "),
@@ -232,3 +234,41 @@ def test_thumbnails_of_a_reduced_jpeg_show_the_image(tmp_path):
     assert (
         np.abs(read_thumbnail(tmp_path / "a.jpg", 8).astype(int) - pixels[50::100, 50::100]).mean() < 4
     )  # edges blend
+
+
+@pytest.mark.parametrize("name", ["tags.json", "tags.jsonl"])
+def test_entries_that_say_nothing_of_tags_are_left_out(tmp_path, name):
+    """An image without tags shows none of the classes; one whose tags nobody knows must not teach that."""
+    entries = [{"image": "a.jpg", "tags": ["dog"]}, {"image": "b.jpg", "tags": []}, {"image": "c.jpg"},
+               {"image": "d.jpg", "tagz": ["cat"]}]  # fmt: skip
+    path = tmp_path / name
+    path.write_text(json.dumps(entries) if name == "tags.json" else "\n".join(map(json.dumps, entries)))
+    assert [(row.image, set(row.tags)) for row in read_table(path)] == [("a.jpg", {"dog"}), ("b.jpg", set())]
+    path.write_text(json.dumps(entries[2:]) if name == "tags.json" else json.dumps(entries[2]))
+    with pytest.raises(ValueError, match='no entry has "tags"'):
+        read_table(path)
+
+
+def test_line_separators_within_json_lines(tmp_path):
+    path = tmp_path / "tags.jsonl"
+    path.write_text(
+        json.dumps({"image": "a.jpg", "text": "one\u2028two", "tags": ["dog"]}, ensure_ascii=False) + "\r\n"
+    )
+    assert [row.tags for row in read_table(path)] == [{"dog"}]
+
+
+def test_tags_that_are_not_joined_by_a_bar_are_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "tags.csv").write_text('image,tags\na.jpg,"salt, pepper"\n')
+    assert [row.tags for row in read_table(tmp_path / "tags.csv")] == [{"salt", "pepper"}]
+    assert "tags are joined by ','" in caplog.text
+
+
+def test_the_size_of_a_turned_tiff_is_the_upright_one(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.tiff", "a.png", "a.jpg"):
+        Image.new("RGB", (60, 40)).save(tmp_path / name, exif=exif)
+        facts = probe_image(tmp_path / name)
+        assert facts.size == read_image(tmp_path / name).shape[:2] == (60, 40), name
+        assert "rotated" in facts.oddities, name

@@ -134,6 +134,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, one):
             assert (tensor - one[0][name]).norm() <= 1e-9 * one[0][name].norm(), name
 
 
+def test_a_folder_that_differs_between_machines_is_refused(tmp_path):
+    (tmp_path / "run" / "0" / "checkpoints" / "step-00000008").mkdir(parents=True)
+    done = subprocess.run(
+        command(tmp_path / "run", 2, "resume=auto", "apart=1"), capture_output=True, text=True, timeout=300, env=ENV
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("is not the same on all machines: to resume, it must lie on a disk that they share") >= 2
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_hung_rank_is_named(tmp_path, ranks):

@@ -14,7 +14,7 @@ from runs import short
 
 import mcic
 from mcic import export
-from mcic.checkpoint import load_network, save_network
+from mcic.checkpoint import load_network, save_network, used_ground_truth
 from mcic.cli import run
 from mcic.cli.export import main
 from mcic.config_io import save_config
@@ -298,3 +298,25 @@ def test_mistakes_are_one_sentence(finished, tmp_path, capsys, arguments, said):
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert not list(finished.glob(".*.partial"))
+
+
+def test_out_may_be_a_link_or_the_present_folder(finished, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export_network(finished, tmp_path / "link", formats=["safetensors"])
+    assert (tmp_path / "link").is_symlink()
+    files = {"README.md", "network.json", "network.safetensors"}
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == files
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_network(finished, Path("."), formats=["safetensors"])
+    assert {path.name for path in (tmp_path / "here").iterdir()} == files
+
+
+def test_ground_truth_goes_with_the_network(finished, tmp_path):
+    run_folder = tmp_path / "run"
+    shutil.copytree(finished, run_folder)
+    card = run_folder / "checkpoints" / "network.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "ground_truth_used": True}))
+    export_network(run_folder, tmp_path / "out", formats=["safetensors"])
+    assert used_ground_truth(tmp_path / "out")

@@ -25,7 +25,7 @@ from mcic.coco_json import coco_instances, encode_rle
 from mcic.data.folder import Folder
 from mcic.data.targets import SavedMasks
 from mcic.inference import dense_protocol
-from mcic.maskfiles import write_json
+from mcic.maskfiles import claim_folder, write_json
 from mcic.masks import UNSURE, MaskSettings, decide, soft_masks, write_masks
 from mcic.pseudo import with_background
 from mcic.restore import restore_run
@@ -468,3 +468,10 @@ def test_two_commands_on_one_folder_keep_apart(tmp_path, monkeypatch):
         write_json(tmp_path / "masks.json", {})
     assert set(names[:2]).isdisjoint(names[2:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "masks.json"]
+
+
+def test_what_a_killed_command_left_of_the_settings_is_no_other_file(tmp_path):
+    (tmp_path / ".settings.json.77.partial").write_text("{")
+    (tmp_path / ".DS_Store").write_text("of the file manager")
+    claim_folder(tmp_path, {"weights": "a"}, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "labels", "confidence", ".DS_Store"}

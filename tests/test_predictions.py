@@ -15,7 +15,7 @@ from mcic.areas import AreaTable
 from mcic.cli import run
 from mcic.cli.predict import main
 from mcic.data.images import read_mask
-from mcic.predictions import find_images, predict_files
+from mcic.predictions import find_images, predict_files, tags_of_images
 from mcic.segmentation import Segmentation
 
 
@@ -356,3 +356,42 @@ def test_mistakes_are_one_sentence(model, photos, tmp_path, capsys, arguments, s
     assert error.count("\n") == 1
     assert files_below(photos) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_photograph_that_was_replaced_is_predicted_again(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    predicted(predictor, [photos / "a"], out)
+    Image.fromarray(photo(80, 90, 9)).save(photos / "a" / "x.jpg")
+    outcome = predicted(predictor, [photos / "a"], out)
+    assert (outcome.predicted, outcome.kept) == (1, 1)
+    assert read_mask(out / "labels" / "x.png").shape == (80, 90)
+
+
+def test_what_is_asked_for_later_is_written(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    predicted(predictor, [photos / "a"], out, overlays=False)
+    outcome = predicted(predictor, [photos / "a"], out, confidence=True)
+    assert (outcome.predicted, outcome.kept) == (2, 0)
+    assert {path.parent.name for path in out.rglob("x.*")} == {"labels", "overlays", "confidence"}
+    assert predicted(predictor, [photos / "a"], out, overlays=False).kept == 2
+
+
+def test_results_in_the_folder_of_photographs_are_no_photographs(predictor, photos):
+    assert predicted(predictor, [photos], photos / "first").predicted == 4
+    assert predicted(predictor, [photos], photos / "second").predicted == 4
+
+
+def test_a_name_as_long_as_file_systems_allow(predictor, tmp_path):
+    source = tmp_path / ("写真" * 40 + ".jpg")
+    Image.fromarray(photo(40, 50)).save(source)
+    outcome = predicted(predictor, [source], tmp_path / "out", confidence=True)
+    assert outcome.predicted == 1
+    assert predicted(predictor, [source], tmp_path / "out", confidence=True).kept == 1
+
+
+@pytest.mark.parametrize("named", ["X.JPG", "x.jpeg", "a/X.png", "photos/a/x.jpg"])
+def test_tables_name_images_as_in_training(photos, tmp_path, named):
+    table = tmp_path / "tags.csv"
+    table.write_text(f"image,tags\n{named},dog\n")
+    images = [image for image in find_images([photos / "a"], out=tmp_path) if image.path.suffix == ".jpg"]
+    assert tags_of_images(table, images) == {photos / "a" / "x.jpg": frozenset({"dog"})}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mcic.fonts import font_for
 from mcic.preview import (
     CellReading,
     Example,
@@ -131,3 +132,13 @@ def test_readings_are_stored_beside_the_examples_and_replaced(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "bank-000.png")), GREY)
     write_examples(tmp_path, examples[1:])
     assert {path.name for path in folder.iterdir()} == {"index.json", "000-image.png"}
+
+
+def test_names_in_any_alphabet_are_drawn(caplog):
+    """Not as the box that stands for what a font lacks."""
+    font = font_for(["Fußgänger", "собака", "σκύλος"], 20)
+    box = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != box for letter in "ßäобакσύ")
+    assert not caplog.text
+    font_for(["\U0001e900"], 20)  # an alphabet that few fonts have
+    assert font_for(["dog"], 20).size == 20

@@ -5,15 +5,18 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from runs import GOLDEN, golden_run, metrics, short
 from trees import make_coco, make_folder, make_voc
 
 from mcic.checkpoint import checkpoints, load_network, save_network
 from mcic.cli import main
 from mcic.config_io import load_config
-from mcic.evaluate import evaluate_run
+from mcic.data import build_data
+from mcic.evaluate import evaluate_network, evaluate_run
 from mcic.model import NetworkSpec, SegmentationNetwork
 from mcic.restore import restore_run
+from mcic.stop import Stopped
 from mcic.trainer import Trainer
 
 SCORES = {
@@ -315,3 +318,118 @@ def test_golden_run(tmp_path):
     for name, value in expected.items():
         if "miou" in name:
             assert actual[name] == pytest.approx(value, abs=1.0)
+
+
+def test_a_finished_run_that_chose_its_epochs_is_left_alone(tmp_path, caplog):
+    """The flags that started it leave the epochs to the data: asking again must not need them."""
+    data = {"root": str(make_folder(tmp_path / "data")), "train_images": 4, "val_images": 2}
+    groups = {
+        "data": data, "train": {"size": 33, "batch_size": 4}, "eval": {"mask_images": 0},
+        "model": {"backbone": "tiny", "weights": "none", "output_stride": None, "segmentation_head": "linear"},
+    }  # fmt: skip
+    first = short(tmp_path / "run", "folder", **groups)
+    first.train.epochs = 1
+    Trainer(first).fit()
+    again = short(tmp_path / "run", "folder", **groups)
+    again.train.epochs, again.run.resume = None, "auto"
+    Trainer(again).fit()
+    assert "is finished" in caplog.text
+
+
+def test_a_run_never_goes_back_over_its_own_checkpoints(tmp_path):
+    groups = {"train": {"epochs": 2}, "eval": {"mask_images": 0}}
+    Trainer(short(tmp_path / "run", **groups)).fit()
+    first, last = checkpoints(tmp_path / "run" / "checkpoints")
+    back = short(tmp_path / "run", **groups)
+    back.run.resume = str(first)
+    with pytest.raises(ValueError, match=f"goes back behind {last.name} of the same run"):
+        Trainer(back)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "summary.json").write_text("{}")
+    back.run.dir = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="already holds files"):
+        Trainer(back)
+    back.run.dir = str(tmp_path / "new")
+    Trainer(back).fit()
+    assert [path.name for path in checkpoints(tmp_path / "new" / "checkpoints")] == [last.name]
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mcic.trainer.time.strftime", lambda form: "20260101-000000")
+    groups = {"eval": {"mask_images": 0}, "run": {"dir": None}}
+    configs = [short(tmp_path / "run", train={"epochs": 1, "seed": seed}, **groups) for seed in (0, 1)]
+    trainers = [Trainer(config) for config in configs]  # both before one of them writes
+    for trainer in trainers:
+        trainer.fit()
+    assert [str(trainer.folder) for trainer in trainers] == [
+        "runs/shapes-20260101-000000", "runs/shapes-20260101-000000-2",
+    ]  # fmt: skip
+    assert [load_config(trainer.folder / "config.yaml").train.seed for trainer in trainers] == [0, 1]
+
+
+def test_saliency_maps_are_needed_of_training_images_alone_and_before_training(tmp_path):
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    config = short(tmp_path / "run", data={"saliency": str(maps)}, train={"epochs": 1}, eval={"mask_images": 2})
+    ids = build_data(config.data).train.ids
+    for image_id in ids[1:]:
+        Image.new("L", (8, 8), 128).save(maps / f"{image_id}.png")
+    with pytest.raises(ValueError, match=f"lacks image {ids[0]}"):
+        Trainer(config)
+    Image.new("L", (8, 8), 128).save(maps / f"{ids[0]}.png")
+    Trainer(config).fit()
+    assert evaluate_run(tmp_path / "run")["val/miou"] is not None
+
+
+def test_a_stop_while_evaluating_is_made_up_for(tmp_path, monkeypatch):
+    config = short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 2})
+    trainer = Trainer(config)
+
+    def asked(*arguments, **options):
+        trainer.stop.made = True
+        return evaluate_network(*arguments, **options)
+
+    monkeypatch.setattr("mcic.trainer.evaluate_network", asked)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.undo()
+    again = short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 2})
+    again.run.resume = "auto"
+    assert Trainer(again).fit()["val/miou"] is not None
+
+
+def test_the_network_of_the_last_epoch_is_written_before_the_epoch_is_closed(tmp_path, monkeypatch):
+    """Else a run that dies between the two ends with the network of the epoch before."""
+    config = short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 0})
+    trainer = Trainer(config)
+    monkeypatch.setattr(trainer, "_save_network", lambda: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        trainer.fit()
+    again = short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 0})
+    again.run.resume = "auto"
+    trainer = Trainer(again)
+    trainer.fit()
+    network, _ = load_network(tmp_path / "run" / "checkpoints")
+    assert_same(network.state_dict(), trainer.model.network.state_dict())
+
+
+def test_a_run_goes_on_without_what_it_started_from_and_in_another_precision(finished, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints(finished[0] / "checkpoints")[-1], source)
+    Trainer(short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 0}, run={"init_from": str(source)})).fit()
+    shutil.rmtree(source)
+    more = short(
+        tmp_path / "run", train={"epochs": 2, "precision": "fp16"}, eval={"mask_images": 0},
+        run={"init_from": str(source), "resume": "auto"},
+    )  # fmt: skip
+    assert Trainer(more).fit()["epochs"] == 2
+
+
+def test_ground_truth_is_remembered_by_a_run_that_goes_on_from_a_checkpoint(tmp_path):
+    full = {"context": "none", "supervision": "full"}
+    Trainer(short(tmp_path / "full", method=full, train={"epochs": 1}, eval={"mask_images": 0})).fit()
+    tags = short(tmp_path / "tags", method={"context": "none"}, train={"epochs": 2}, eval={"mask_images": 0})
+    tags.run.resume = str(checkpoints(tmp_path / "full" / "checkpoints")[-1])
+    assert Trainer(tags).fit()["ground_truth_used"]

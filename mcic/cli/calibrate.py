@@ -33,12 +33,10 @@ def main(argv: list[str]) -> None:
     setup_logging()
     result = calibrate(run, masks=args.masks, device=args.device)
     flag = f"--method.{result.field.replace('_', '-')}"
-    unit = (
-        "mIoU of the annotated images" if result.ground_truth_used else "information of colours × contrast of borders"
-    )
+    unit = "information of colours × contrast of borders" if args.masks is None else "mIoU of the annotated images"
     notes = {result.current: "this run's"} | {result.chosen: "best"}
     rows = [
-        (f"{flag} {value:g}", f"{score:.1f}" if result.ground_truth_used else f"{score:.4f}", notes.get(value, ""))
+        (f"{flag} {value:g}", f"{score:.4f}" if args.masks is None else f"{score:.1f}", notes.get(value, ""))
         for value, score in result.scores.items()
     ]
     print_table(f"{unit}, {result.num_images} images", rows)

@@ -21,6 +21,8 @@ class EvaluateArgs:
     """single: one scale | voc: 0.75/1/1.25 and flip | authors: those, mean of mean and maximum; None: as the run"""
     split: Literal["val", "train"] = "val"
     """images to score"""
+    device: str | None = None
+    """auto | cpu | cuda | cuda:N; None: the run's own"""
 
 
 def main(argv: list[str]) -> None:
@@ -31,5 +33,5 @@ def main(argv: list[str]) -> None:
     from mcic.log import print_table, setup_logging
 
     setup_logging()
-    scores = evaluate_run(run, protocol=args.protocol, split=args.split)
+    scores = evaluate_run(run, protocol=args.protocol, split=args.split, device=args.device)
     print_table(f"{run.name} · {args.split}", score_rows(scores))

@@ -71,8 +71,12 @@ def _read(config: DataConfig) -> Splits:
             config.root, val_root=config.val_root, val_share=config.val_share, max_bad_share=config.max_bad_share,
             folder=shards.store_folder(config.cache), limit=round(config.shard_cache * 2**30),
         )  # fmt: skip
-    if not Path(config.root).expanduser().is_dir():
-        raise ValueError(f"--data.root {config.root} is no folder: expected {layout}")
+    if config.val_root is not None:
+        raise ValueError(f"--data.val-root is for sets in tars: validation images of {config.root} are those in val/")
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        place = "" if root.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"--data.root {config.root} is no folder{place}: expected {layout}")
     if config.name == "voc12":
         return Splits(*(voc.VOC12(config.root, part, follow_links=config.follow_links) for part in ("train", "val")))
     if config.name == "coco14":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +39,10 @@ class COCO14(Dataset):
 
         Raises:
             ValueError: a part of the layout is missing, the JSON does not hold COCO instances, or an image is missing,
-                empty or a link that may not be followed. No image is opened.
+                empty or a link that may not be followed, or pycocotools is not installed. No image is opened.
         """
+        if find_spec("pycocotools") is None:
+            raise ValueError("masks of COCO need pycocotools: pip install pycocotools")
         self.name = "coco14"
         self.root = Path(root).expanduser()
         self._images = self.root / f"{split}2014"
@@ -122,18 +125,17 @@ def _drawn(shapes: list[list[Any]], height: int, width: int) -> np.ndarray:
 
 def _filled(polygons: list[Any], height: int, width: int) -> np.ndarray:
     """bool [height, width] of polygons [x, y, x, y, …]."""
-    try:
-        from pycocotools import mask as rle
-    except ImportError as error:
-        raise ValueError("masks of COCO need pycocotools: pip install pycocotools") from error
-    if not polygons:
-        return np.zeros((height, width), bool)
+    from pycocotools import mask as rle
+
     reach = 2 * max(height, width)  # pycocotools takes memory for every pixel of a line, however far it leads
     for polygon in polygons:
         sides = polygon if isinstance(polygon, list) else []
-        if len(sides) < 6 or len(sides) % 2 or not all(type(x) in (int, float) and -reach <= x <= reach for x in sides):
-            raise ValueError(f"a polygon is {shown(str(polygon))}: expected x, y, … of three corners or more")
-    return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))) > 0
+        if not sides or len(sides) % 2 or not all(type(x) in (int, float) and -reach <= x <= reach for x in sides):
+            raise ValueError(f"a polygon is {shown(str(polygon))}: expected x, y, …")
+    areas = [polygon for polygon in polygons if len(polygon) >= 6]  # a line of two corners encloses nothing
+    if not areas:
+        return np.zeros((height, width), bool)
+    return rle.decode(rle.merge(rle.frPyObjects(areas, height, width))) > 0
 
 
 def _runs(region: Any, num_pixels: int) -> list[int]:

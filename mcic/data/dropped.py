@@ -17,6 +17,8 @@ DROPPED = {
     "row": "rows without an image",
     "image": "images without a row",
     "folder": "folders with images only in their sub-folders",
+    "loose": "images beside the folders of the classes",
+    "part": "folders beside train/ and val/",
     "kind": "files of a kind that is not read",
     "broken": "images that cannot be read",
     "link": "links that are not followed",
@@ -24,6 +26,7 @@ DROPPED = {
     "closed": "folders that cannot be opened",
     "mask": "masks that cannot be used",
     "stray": "masks without an image",
+    "masks": "folders of masks beside train/, where none are looked for",
     "table": "further tables of tags",
 }
 """kinds of what is left out, in words"""

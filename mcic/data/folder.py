@@ -113,8 +113,9 @@ def read_folder(
     What cannot be used is left out: see `mcic.data.dropped.DROPPED`. Links may lead out of the folder if
     `follow_links`; otherwise such images are left out, and such folders and tables refused.
 
-    Without `val/` about `val_share` (0…1) of the images is held out. Each image's id decides, so that an image
-    stays on its side when others are added.
+    Where one table in the root names images in `train/` and `val/`, these are the sides. Without `val/` about
+    `val_share` (0…1) of the images is held out. Each image's id decides, so that an image stays on its side when
+    others are added.
 
     Raises:
         ValueError: the layout is not as expected, a table of tags cannot be read, a tag is not in `classes.txt`, a
@@ -123,12 +124,21 @@ def read_folder(
     fence = Fence.around(root, follow_links=follow_links)
     root = fence.root
     train_root = root / "train" if _has_parts(root, fence) else root
-    val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
-    parts = [train_root] if train_root == root or val_root is None else [train_root, val_root]
+    val_root = next((path for path in sorted(root.iterdir()) if path.name.casefold() in VAL_FOLDERS and path.is_dir()),
+                    None)  # fmt: skip
+    if val_root is not None and train_root == root and not _stands_alone(root, val_root, fence):
+        val_root = None  # a class, or images that the table in the root names
+    parts = [train_root] if val_root is None else [train_root, val_root]
     found = [_read_part(fence.require(part), fence) for part in parts]
     every = [photo for photos, _ in found for photo in photos]
     classes = _classes(every, (root / "classes.txt", train_root / "classes.txt"), fence)
     dropped = [entry for _, losses in found for entry in losses]
+    if train_root != root and (root / "masks").is_dir():
+        dropped.append(Dropped("masks", str(root / "masks"), "expected below train/ and val/"))
+    if train_root != root:
+        known = {*parts, *(root / name for name in _NO_CLASSES)}
+        others = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        dropped += [Dropped("part", str(path)) for path in others if path not in known]
     sides = []
     for part, (photos, _) in zip(parts, found, strict=True):
         kept, losses = readable(photos, num_classes=len(classes))
@@ -137,9 +147,22 @@ def read_folder(
             raise ValueError(f"no image of {part} can be read: {describe(losses)}")
         sides.append(kept)
     require_few(dropped, usable=sum(map(len, sides)), share=max_bad_share)
-    if len(sides) == 1:
+    named = _sides_by_name(sides[0]) if len(sides) == 1 else None
+    held_out = len(sides) == 1 and named is None
+    if held_out:
         sides = _held_out(sides[0], val_share, root)
-    return Contents(*sides, classes=classes, dropped=tuple(dropped), held_out=len(parts) == 1)
+    return Contents(*(named or sides), classes=classes, dropped=tuple(dropped), held_out=held_out)
+
+
+def _sides_by_name(photos: list[Photo]) -> list[list[Photo]] | None:
+    """Train and val where all of one table's images lie in folders of these names, and both are there."""
+    sides: dict[bool, list[Photo]] = {False: [], True: []}
+    for photo in photos:
+        first, slash, _ = photo.name.casefold().partition("/")
+        if not slash or first not in ("train", *VAL_FOLDERS):
+            return None
+        sides[first != "train"].append(photo)
+    return list(sides.values()) if all(sides.values()) else None
 
 
 def _held_out(photos: list[Photo], share: float, root: Path) -> list[list[Photo]]:
@@ -188,6 +211,13 @@ def _has_parts(root: Path, fence: Fence) -> bool:
     return _has_table(train) or bool(_class_folders(train, fence)[0])
 
 
+def _stands_alone(root: Path, val_root: Path, fence: Fence) -> bool:
+    """Whether `val/`, beside images and tags right in the root, holds images and tags of its own."""
+    if not any((root / name).is_dir() for name in IMAGE_FOLDERS):
+        return False
+    return _has_table(val_root) or bool(_class_folders(fence.require(val_root), fence)[0])
+
+
 def _has_table(part: Path) -> bool:
     return bool(find_tables(part)) or any((part / name).is_dir() for name in IMAGE_FOLDERS)
 
@@ -227,7 +257,7 @@ def _read_tagged(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     for path in files:
         if (other := paths.setdefault(key_of(path.relative_to(images)), path)) is not path:
             raise ValueError(f"{other} and {path} have names that look the same: rename one of them")
-    tags, lost = _matched(read_table(table, fence), _Names(paths))
+    tags, lost = _matched(read_table(table, fence), ImageNames(paths))
     if not tags:
         raise ValueError(f"no row of {table} names an image in {images}")
     dropped += [Dropped("row", name) for name in lost]
@@ -237,7 +267,7 @@ def _read_tagged(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     return [_photo(_stem(key), paths[key], tags[key]) for key in tags], dropped
 
 
-def _matched(rows: Iterable[Row], names: _Names) -> tuple[dict[str, set[str]], list[str]]:
+def _matched(rows: Iterable[Row], names: ImageNames) -> tuple[dict[str, set[str]], list[str]]:
     """The tags of every image that rows name, and the names that fit no image."""
     tags: dict[str, set[str]] = {}
     lost = []
@@ -250,7 +280,7 @@ def _matched(rows: Iterable[Row], names: _Names) -> tuple[dict[str, set[str]], l
     return tags, lost
 
 
-class _Names:
+class ImageNames:
     """Finds the image that a row means, by the strictest of `RULES` that fits any."""
 
     RULES: tuple[Callable[[str, str], bool], ...] = (
@@ -304,6 +334,8 @@ def _read_class_folders(part: Path, fence: Fence) -> tuple[list[Photo], list[Dro
         raise ValueError(f"--data.root has no images with tags: expected {LAYOUT}, got {part}")
     by_name: dict[str, list[Photo]] = defaultdict(list)
     dropped = [Dropped("folder", str(path)) for path in others]
+    loose = (path for path in sorted(part.iterdir()) if path.suffix.lower() in readable_suffixes() and path.is_file())
+    dropped += [Dropped("loose", str(path)) for path in loose if not path.name.startswith(".")]
     for folder in folders:
         files, others, losses = _files(folder, fence)
         dropped += [*losses, *(Dropped("kind", str(path), path.suffix) for path in others)]

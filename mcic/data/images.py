@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -64,23 +64,23 @@ def probe_image(source: str | Path | BinaryIO) -> ImageFacts:
         ValueError: as `read_image`.
     """
     with opened(source, "image") as image:
-        width, height = image.size
-        turned = image.getexif().get(_ORIENTATION, 1)
+        full = image.size
         transparent = image.has_transparency_data
         odd = {
             "animated": getattr(image, "is_animated", False) and image.format != "MPO",  # a JPEG with a preview
             "CMYK": image.mode == "CMYK",
             "16-bit": image.mode in _GREY_16 or ";16" in _raw_mode(image),
-            "rotated": turned in range(2, 9),
             "ending": _is_misnamed(Path(str(source)), image.format),
         }
         image.draft("RGB", (1, 1))
-        with _LARGE if image.width * image.height > _LARGE_PIXELS else nullcontext():
+        with _alone_if_large(image):
+            shrunk, turned = image.size != full, image.getexif().get(_ORIENTATION, 1)
             upright = ImageOps.exif_transpose(image)
             to_rgb(upright)
+            odd["rotated"] = turned in range(2, 9)
             odd["transparent"] = transparent and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    size = (width, height) if turned in range(5, 9) else (height, width)
-    return ImageFacts(size, frozenset(name for name, is_so in odd.items() if is_so))
+    width, height = upright.size if not shrunk else full[::-1] if turned in range(5, 9) else full
+    return ImageFacts((height, width), frozenset(name for name, is_so in odd.items() if is_so))
 
 
 def read_thumbnail(source: str | Path | BinaryIO, side: int) -> np.ndarray:
@@ -91,7 +91,13 @@ def read_thumbnail(source: str | Path | BinaryIO, side: int) -> np.ndarray:
     """
     with opened(source, "image") as image:
         image.draft("RGB", (4 * side, 4 * side))
-        return np.array(to_rgb(ImageOps.exif_transpose(image)).resize((side, side), Image.Resampling.BOX))
+        with _alone_if_large(image):
+            return np.array(to_rgb(ImageOps.exif_transpose(image)).resize((side, side), Image.Resampling.BOX))
+
+
+def _alone_if_large(image: Image.Image) -> AbstractContextManager[object]:
+    """To be entered before anything decodes the image; of a PNG even the question for its EXIF does."""
+    return _LARGE if image.width * image.height > _LARGE_PIXELS else nullcontext()
 
 
 def _is_misnamed(path: Path, found: str | None) -> bool:

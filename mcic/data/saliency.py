@@ -44,6 +44,9 @@ class SaliencySource(Protocol):
     def __call__(self, dataset: Dataset, index: int, image: np.ndarray) -> np.ndarray:
         """f32 [H, W] in 0…1, 1 salient, of `image`, uint8 [H, W, 3]: `dataset.image(index)` at `dataset.long_side`."""
 
+    def check(self, dataset: Dataset) -> None:
+        """Raise ValueError where a map that must be given is not there; no map is opened."""
+
 
 def build_saliency(spec: str, *, cache: str | None) -> SaliencySource | None:
     """The source that `--data.saliency` names.
@@ -74,12 +77,19 @@ class DirectorySaliency:
         self.folder = folder
 
     def __call__(self, dataset: Dataset, index: int, image: np.ndarray) -> np.ndarray:
-        candidates = [self.folder / f"{dataset.ids[index]}{suffix}" for suffix in (".png", ".jpg")]
+        return _scaled(read_map(self._path(dataset.ids[index])), image.shape[:2])
+
+    def check(self, dataset: Dataset) -> None:
+        for image_id in dataset.ids:
+            self._path(image_id)
+
+    def _path(self, image_id: str) -> Path:
+        candidates = [self.folder / f"{image_id}{suffix}" for suffix in (".png", ".jpg")]
         found = next((path for path in candidates if path.is_file()), None)
         if found is None:
             names = " or ".join(path.name for path in candidates)
-            raise ValueError(f"--data.saliency {self.folder} lacks image {dataset.ids[index]}: expected {names}")
-        return _scaled(read_map(found), image.shape[:2])
+            raise ValueError(f"--data.saliency {self.folder} lacks image {image_id}: expected {names}")
+        return found
 
 
 class GeodesicSaliency:
@@ -105,6 +115,9 @@ class GeodesicSaliency:
         key = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).hexdigest()
         kept = self._on_disk(key, image) if dataset.stored else self._in_memory(key, image)
         return _scaled(kept.astype(np.float32) / 255, image.shape[:2])
+
+    def check(self, dataset: Dataset) -> None:
+        """What is not given is computed."""
 
     def _in_memory(self, key: str, image: np.ndarray) -> np.ndarray:
         if key not in self._memory:

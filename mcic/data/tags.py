@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
@@ -18,6 +20,8 @@ from defusedxml import DefusedXmlException
 
 from mcic.data.fence import Fence
 from mcic.untrusted import parse_json, read_json, read_text, require_file, shown
+
+log = logging.getLogger(__name__)
 
 TABLES = (
     "tags.csv", "tags.tsv", "tags.json", "tags.jsonl", "labels.csv", "labels.tsv", "labels.json", "labels.jsonl",
@@ -95,7 +99,7 @@ def read_csv(path: Path) -> list[Row]:
     text = read_text(path)
     first = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
@@ -109,9 +113,13 @@ def read_csv(path: Path) -> list[Row]:
             for number, cells in lines[1:]]  # fmt: skip
     tags = _column(header, TAG_KEYS)
     if tags is None:
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise ValueError(f"{path} has several columns {shown(twice[0])!r}: a class has one")
         return [Row(image_name(cells[image], where), _marked(header, cells, image, where), where)
                 for where, cells in rows]  # fmt: skip
     separator = next((mark for mark in "|;," if any(mark in cells[tags] for _, cells in rows)), "|")
+    if separator != "|":
+        log.info("%s: tags are joined by %r, since no row has |", path, separator)
     return [Row(image_name(cells[image], where), _split(cells[tags], separator, where), where)
             for where, cells in rows]  # fmt: skip
 
@@ -131,17 +139,25 @@ def read_tags_json(path: Path) -> list[Row]:
     if not isinstance(content, list):
         raise ValueError(f'{path} must hold {{"image": ["tag", …]}} or a list of objects with "image" and "tags", '
                          f"got a {type(content).__name__}")  # fmt: skip
-    return [_entry_row(entry, f"{path}, entry {place}") for place, entry in enumerate(content, 1)]
+    return _with_tags([_entry_row(entry, f"{path}, entry {place}") for place, entry in enumerate(content, 1)], path)
+
+
+def _with_tags(rows: list[Row | None], path: Path) -> list[Row]:
+    """Those that say what their image shows."""
+    tagged = [row for row in rows if row is not None]
+    if rows and not tagged:
+        raise ValueError(f'{path}: no entry has "tags" (or another of {", ".join(TAG_KEYS)})')
+    return tagged
 
 
 def read_json_lines(path: Path) -> list[Row]:
     """Rows of a file with one JSON object a line, each with an image and tags."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # U+2028, say, may stand in a JSON text
         if line.strip():
             where = f"{path}, line {number}"
             rows.append(_entry_row(parse_json(line, where), where))
-    return rows
+    return _with_tags(rows, path)
 
 
 def read_voc(folder: Path, fence: Fence) -> list[Row]:
@@ -252,13 +268,14 @@ def _row(name: Any, tags: Any, where: str) -> Row:
     return Row(image_name(name, where), _clean(_names(tags, where), where), where)
 
 
-def _entry_row(entry: Any, where: str) -> Row:
-    """A row from an object with an image and tags, or from a pair of them."""
+def _entry_row(entry: Any, where: str) -> Row | None:
+    """A row from an object with an image and tags, or from a pair of them; None where it says nothing of tags."""
     if isinstance(entry, list) and len(entry) == 2:
         return _row(*entry, where)
     if not isinstance(entry, dict) or (image := _value(entry, IMAGE_KEYS)) is None:
         raise ValueError(f'{where}: expected an object with "image" and "tags", got {str(entry)[:60]}')
-    return _row(image, _value(entry, TAG_KEYS), where)
+    row = _row(image, _value(entry, TAG_KEYS), where)
+    return row if any(_plain(key) in TAG_KEYS for key in entry) else None
 
 
 def _value(entry: dict[str, Any], keys: Iterable[str]) -> Any:
