@@ -94,13 +94,23 @@ class BuildNative(Build):
             f'-DMCIC_VERSION="{self.distribution.get_version()}"',
         ]
         EXTENSION.library_dirs += cpp_extension.library_paths()
+        names = ("extra_objects", "extra_compile_args", "library_dirs", "libraries", "extra_link_args")
+        without_cuda = {name: list(getattr(EXTENSION, name)) for name in names}
         try:
             self._add_cuda(wish)
         except CannotBuildError as error:
             if wish == "1":
                 raise
             self.missing["cuda"] = str(error)
-        super().build_extensions()
+        try:
+            super().build_extensions()
+        except Exception as error:
+            if wish == "1" or "cuda" in self.missing:
+                raise
+            self.missing["cuda"] = _told(error)  # its part may be what does not link
+            for name, value in without_cuda.items():
+                setattr(EXTENSION, name, value)
+            super().build_extensions()
 
     def _add_cuda(self, wish: str) -> None:
         """Compile the kernel with a command of our own: it needs nothing of PyTorch, not even its CUDA build."""
@@ -140,6 +150,8 @@ def architecture_flags(nvcc: str) -> list[str]:
             raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST: {error}") from error
     known = run([nvcc, "--list-gpu-arch"]).split()
     numbers = [number for number in ARCHITECTURES if f"compute_{number}" in known]
+    if not numbers:
+        raise CannotBuildError(f"{nvcc} knows none of the architectures {', '.join(map(str, ARCHITECTURES))}")
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
 

@@ -65,7 +65,7 @@ class Grid:
     def cells(self, wanted: Sequence[Row], seeds: Sequence[int]) -> list[Cell]:
         """The cells of rows as `chosen` gives them, seed by seed, each after the one that it needs."""
         names = {self.same.get(row.name, row.name) for row in wanted}
-        return [Cell(row, seed) for seed in seeds for row in self.rows if row.name in names]
+        return [Cell(row, seed) for seed in dict.fromkeys(seeds) for row in self.rows if row.name in names]
 
     def stored(self) -> list[Cell]:
         """The cells that are finished, and made as the baseline now is."""
@@ -160,7 +160,8 @@ class Machine:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         gpus = _gpus(device)
         if jobs is None:
-            fitting = len(gpus) or min(cores, available_memory(choose_device("cpu")) // MEMORY_OF_A_CELL)
+            on_cpu = min(cores, available_memory(choose_device("cpu")) // MEMORY_OF_A_CELL)
+            fitting = 1 if device.startswith("cuda:") else len(gpus) or on_cpu
             jobs = max(1, min(fitting, cells))
         share, given = max(1, cores // jobs), os.environ.get("OMP_NUM_THREADS", "")
         threads = min(share, int(given)) if given.isdecimal() and int(given) else share
@@ -174,10 +175,10 @@ class Machine:
 
 
 def _gpus(device: str) -> tuple[str, ...]:
-    """As CUDA_VISIBLE_DEVICES names them; none where runs are to be on the CPU."""
+    """As CUDA_VISIBLE_DEVICES names them; none where runs are to be on the CPU, or the flags name one GPU for all."""
     import torch
 
-    if device == "cpu" or not torch.cuda.is_available():
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return ()
     if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return tuple(named.split(","))

@@ -65,7 +65,9 @@ def hold_out(root: Path, out: Path, held: Sequence[int], scenes: dict[str, int])
         raise ValueError(
             f"--held must leave images on both sides, got {', '.join(map(str, held))}: without it the scenes are listed"
         )
-    classes = next(path for path in (root / "classes.txt", root.parent / "classes.txt") if path.is_file())
+    classes = next((path for path in (root / "classes.txt", root.parent / "classes.txt") if path.is_file()), None)
+    if classes is None:
+        raise ValueError(f"{root} has no classes.txt, in it or beside it: line i names mask value i")
     with new_folder(out) as folder:
         shutil.copy(classes, folder / "classes.txt")
         for part, names in parts.items():

@@ -108,9 +108,8 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
     method = run.config.method
     if method.supervision == "masks":
         raise ValueError(f"{folder} was trained on masks and has no heatmaps: calibrate the run that it came from")
-    field, values = (
-        ("cam_threshold", THRESHOLDS) if method.cam_background == "authors" else ("background_power", POWERS)
-    )
+    field = calibrated_field(run.config)
+    values = THRESHOLDS if field == "cam_threshold" else POWERS
     annotated = None if masks is None else _annotated(masks, run.data.train.ids)
     count = len(run.data.train)
     evenly = np.linspace(0, count - 1, min(NUM_IMAGES, count)).round().astype(int)
@@ -135,16 +134,34 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
     return result
 
 
-def apply_calibration(config: Config) -> Config:
+def calibrated_field(config: Config) -> str:
+    """The threshold of `MethodConfig` that decides how much of an image is object, under the configuration's rules."""
+    return "cam_threshold" if config.method.cam_background == "authors" else "background_power"
+
+
+def apply_calibration(config: Config, *, stored: Config | None = None) -> Config:
     """The configuration with the threshold of its `data.calibration`, if it names one.
 
+    Args:
+        config: resolved.
+        stored: of the run that goes on; with the same calibration its thresholds count, whatever the file says now.
+
     Raises:
-        ValueError: the file is not there or not what `calibrate` wrote.
+        ValueError: the file is not there, not what `calibrate` wrote, or of a threshold that these rules do not use.
     """
     if config.data.calibration is None:
         return config
-    stored = read_calibration(Path(config.data.calibration))
-    return dataclasses.replace(config, method=_with(config.method, stored["field"], stored["chosen"]))
+    method = config.method
+    if stored is not None and stored.data.calibration == config.data.calibration:
+        kept = {name: getattr(stored.method, name) for name in ("background_power", "cam_threshold")}
+        return dataclasses.replace(config, method=dataclasses.replace(method, **kept))
+    found = read_calibration(Path(config.data.calibration))
+    expected = calibrated_field(config)
+    if found["field"] != expected:
+        raise ValueError(f"--data.calibration {config.data.calibration} chose --method.{found['field']}, and with "
+                         f"--method.cam-background {method.cam_background} it is --method.{expected} that decides: "
+                         "calibrate a run with these rules".replace("_", "-"))  # fmt: skip
+    return dataclasses.replace(config, method=_with(method, found["field"], found["chosen"]))
 
 
 def read_calibration(path: Path) -> dict[str, Any]:

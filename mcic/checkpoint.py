@@ -161,6 +161,14 @@ def load_checkpoint(
     return state
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint; empty where it cannot be read, which `load_checkpoint` says."""
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def used_ground_truth(path: Path) -> bool:
     """Whether masks that people drew had a part in the weights of a checkpoint or of an exported network."""
     for name in ("state.json", f"{NETWORK}.json"):
@@ -237,8 +245,17 @@ def _check_fit(
         raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}")
 
 
-def load_initial(model: MCIC, path: Path) -> None:
-    """`run.init-from`: weights of a checkpoint (but its bank), or of an exported network, into a fresh model."""
+def load_initial(model: MCIC, path: Path, *, classes: Sequence[str]) -> None:
+    """`run.init-from`: weights of a checkpoint (but its bank), or of an exported network, into a fresh model.
+
+    Raises:
+        ValueError: neither of them, damaged, or of another model or other classes than `classes`.
+    """
+    described = path / f"{NETWORK}.json" if (path / f"{NETWORK}.json").is_file() else path / "state.json"
+    known = json.loads(described.read_text(encoding="utf-8")).get("classes") if described.is_file() else None
+    if known is not None and list(known) != list(classes):
+        raise ValueError(f"--run.init-from {path} is of the classes {', '.join(known)}; the data have "
+                         f"{', '.join(classes)}: names and order must be the same")  # fmt: skip
     if (path / f"{NETWORK}.safetensors").is_file():
         load_weights(model.network, path / f"{NETWORK}.safetensors")
         if model.ema is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,11 @@ MaskName = Literal["cam", "context", "merged"]
 def _require(ok: bool, flag: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"--{flag} must be {expected}, got {got!r}")
+
+
+def _at_home(path: str | None) -> str | None:
+    """A path whose ~ the shell left as it is, as it does behind `--flag=`."""
+    return path if path is None else os.path.expanduser(path)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +63,8 @@ class DataConfig:
     """GiB of the disk that tars fetched from commands and URLs may take"""
 
     def __post_init__(self) -> None:
+        self.masks, self.calibration = _at_home(self.masks), _at_home(self.calibration)
+        self.cache = _at_home(self.cache)
         _require(0 < self.val_share < 1, "data.val-share", "between 0 and 1", self.val_share)
         _require(0 <= self.max_bad_share <= 1, "data.max-bad-share", "0…1", self.max_bad_share)
         _require(self.workers is None or self.workers >= 0, "data.workers", "0 or more", self.workers)
@@ -152,6 +160,7 @@ class MethodConfig:
     """pixels a crop padded: paper ignored everywhere, authors salient"""
 
     def __post_init__(self) -> None:
+        _require(len(set(self.masks)) == len(self.masks), "method.masks", "each named once", self.masks)
         for name in ("cam_threshold", "pool_threshold", "saliency_weight"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"method.{name.replace('_', '-')}", "between 0 and 1", value)
@@ -247,7 +256,11 @@ class TrainConfig:
         for name in ("momentum", "weight_decay", "warmup_steps", "seed", "color_jitter"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"train.{name.replace('_', '-')}", "0 or more", value)
-        _require(0 < self.scale[0] <= self.scale[1], "train.scale", "two positive numbers, the lower first", self.scale)
+        in_order = 0 < self.scale[0] <= self.scale[1] < math.inf
+        _require(in_order, "train.scale", "two positive numbers, the lower first", self.scale)
+        _require(self.momentum < 1, "train.momentum", "below 1", self.momentum)
+        _require(self.color_jitter <= 1, "train.color-jitter", "0…1", self.color_jitter)
+        _require(self.seed < 2**63, "train.seed", "below 2⁶³", self.seed)
         _require(self.clip_grad is None or self.clip_grad > 0, "train.clip-grad", "positive", self.clip_grad)
         _require(
             self.batch_size is None or self.batch_size % self.accumulate == 0,
@@ -305,7 +318,9 @@ class RunConfig:
         _require(self.checkpoint_every >= 0, "run.checkpoint-every", "0 or more", self.checkpoint_every)
         _require(self.previews >= 0, "run.previews", "0 or more", self.previews)
         _require(self.log_every >= 1, "run.log-every", "1 or more", self.log_every)
-        _require(0 < self.rank_timeout < math.inf, "run.rank-timeout", "positive", self.rank_timeout)
+        _require(0 < self.rank_timeout <= 1e9, "run.rank-timeout", "positive, at most 1e9", self.rank_timeout)
+        self.dir, self.init_from = _at_home(self.dir), _at_home(self.init_from)
+        self.resume = os.path.expanduser(self.resume)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -205,14 +205,16 @@ def _near_groups(thumbnails: np.ndarray) -> list[list[int]]:
     """Groups of thumbnails [n, side, side, 3] that chains of near pairs connect."""
     rows = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     squares = (rows**2).sum(1)
-    pairs: list[np.ndarray] = []
+    component = np.arange(len(rows))
     for start in range(0, len(rows), _BLOCK):
         block = slice(start, start + _BLOCK)
         distances = squares[block, None] + squares[None] - 2 * rows[block] @ rows.T  # [block, n]
-        pairs.append(np.argwhere(distances <= NEAR**2 * rows.shape[1]) + np.array([start, 0]))
-    first, second = np.concatenate(pairs).T
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(len(rows), len(rows)))
-    return _groups(connected_components(graph, directed=False)[1].tolist())
+        first, second = np.nonzero(distances <= NEAR**2 * rows.shape[1])
+        # One graph of the components so far and this block's pairs: memory for all pairs would grow with n².
+        places = (component[first + start], component[second])
+        graph = coo_array((np.ones(len(first), bool), places), shape=(len(rows), len(rows)))
+        component = connected_components(graph, directed=False)[1][component]
+    return _groups(component.tolist())
 
 
 def _relative(name: str | Path, root: Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mcic import distributed
 from mcic.build import in_words
+from mcic.config import MethodConfig
 from mcic.data import EvalItem, default_workers, eval_items
 from mcic.inference import dense_protocol, pad_to_grid, to_pixels
 from mcic.metrics import ConfusionMatrix
@@ -107,17 +108,26 @@ def evaluate_network(
 def evaluate_masks(
     model: MCIC, objective: Objective, items: Iterable[EvalItem], *, device: torch.device
 ) -> dict[str, ConfusionMatrix]:
-    """Confusion of M, M', M'' and of the control on training images, given their tags."""
+    """Confusion of those of `MASK_NAMES` that the configuration trains, on training images, given their tags."""
     model.eval()
-    names = ("cam", "seg") if objective.method.context == "none" else MASK_NAMES
+    names = trained_masks(objective.method)
     confusion = {name: ConfusionMatrix(model.network.spec.num_classes, device) for name in names}
     for batch in _by_size(items, device):
         outputs = at_pixels(model, batch.images, batch.tags)
         for name, mask in mask_candidates(objective, outputs, batch.tags, batch.saliency, batch.images).items():
-            confusion[name].update(mask, batch.truth)
+            if name in confusion:
+                confusion[name].update(mask, batch.truth)
     for matrix in confusion.values():
         matrix.reduce()
     return confusion
+
+
+def trained_masks(method: MethodConfig) -> tuple[str, ...]:
+    """Those of `MASK_NAMES` that say something of a run: given masks leave the heatmaps untrained, and only tags have
+    a context branch."""
+    if method.supervision == "masks":
+        return ("seg",)
+    return ("cam", "seg") if method.supervision == "full" or method.context == "none" else MASK_NAMES
 
 
 def summarize(

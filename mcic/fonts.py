@@ -26,9 +26,10 @@ def _best(letters: frozenset[str]) -> str:
     from matplotlib import font_manager
 
     own = font_manager.findfont("DejaVu Sans")  # comes with matplotlib
-    others = {entry.fname for entry in font_manager.fontManager.ttflist if entry.fname != own}
+    # LastResort, which comes with matplotlib too, has a box for every letter there is.
+    names = {entry.fname for entry in font_manager.fontManager.ttflist if not entry.name.startswith("Last Resort")}
     best, fewest = own, _lacks(own, letters)
-    for path in sorted(others):
+    for path in sorted(names - {own}):
         if not fewest:
             break
         lacking = _lacks(path, letters)

@@ -123,9 +123,17 @@ class Objective:
         return self._from_rows([self._context_rows(logits, tags, saliency)], valid, images)[0]
 
     def _from_rows(self, rows: list[Tensor], valid: Tensor | None, images: Tensor) -> list[Tensor]:
-        """E3 on rows that are refined first: all with the same neighbours, so together."""
-        refined = refine_rows(torch.cat(rows, 1), images, method=self.method.refinement).split(rows[0].shape[1], 1)
-        return [mask_from_scores(each, threshold=self.method.cam_threshold, valid=valid) for each in refined]
+        """E3 on rows that are refined first: all with the same neighbours, so together. What a crop padded is no
+        neighbour: refined values are means over the valid ones."""
+        method, stacked = self.method.refinement, torch.cat(rows, 1)
+        if method != "none" and valid is not None:
+            share = valid[:, None].to(stacked.dtype)
+            stacked = refine_rows(torch.cat([stacked * share, share], 1), images, method=method)
+            stacked = stacked[:, :-1] / stacked[:, -1:].clamp(min=torch.finfo(stacked.dtype).tiny)
+        else:
+            stacked = refine_rows(stacked, images, method=method)
+        masks = stacked.split(rows[0].shape[1], 1)
+        return [mask_from_scores(each, threshold=self.method.cam_threshold, valid=valid) for each in masks]
 
     def _cam_rows(self, heatmap: Tensor, tags: Tensor, saliency: Tensor | None, valid: Tensor | None) -> Tensor:
         method = self.method

@@ -30,7 +30,8 @@ def build_optimizer(
         momentum: 0…1.
         weight_decay: of `sgd` an L2 penalty, of `adamw` decoupled.
     """
-    pretrained = list(model.network.backbone.parameters()) if model.network.backbone.pretrained else []
+    trained = tuple(f"{name}." for name in model.trained)
+    pretrained = [parameter for name, parameter in model.named_parameters() if name.startswith(trained)]
     known = set(map(id, pretrained))
     averaged = set(map(id, model.ema.parameters())) if model.ema is not None else set()
     new = [p for p in model.parameters() if id(p) not in known | averaged]

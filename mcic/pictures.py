@@ -20,7 +20,8 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG",
 the rest hold no photographs"""
 
 _BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, struct.error, zlib.error, MemoryError,
+    Image.DecompressionBombError,
 )  # fmt: skip
 """what Pillow raises for a file that it cannot read"""
 

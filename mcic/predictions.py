@@ -36,7 +36,7 @@ from mcic.areas import AreaTable
 from mcic.data.folder import ImageNames, file_name
 from mcic.data.names import is_text
 from mcic.data.shards import images_of, names_shards
-from mcic.data.tags import key_of, read_table
+from mcic.data.tags import Row, key_of, read_table
 from mcic.durable import remove_partials, write_text
 from mcic.pictures import readable_suffixes
 from mcic.predict import Predictor
@@ -121,13 +121,22 @@ def _matches(source: str) -> Iterator[ImageFile]:
 
 def _images_below(folder: Path) -> list[Path]:
     """In the order of their paths. What predictions wrote anywhere in the folder are no photographs."""
-    written = {path.parent / name for path in folder.rglob(SETTINGS) for name in _FILES}
+    written = {path.parent / name for path in folder.rglob(SETTINGS) if _is_ours(path) for name in _FILES}
     return sorted(
         path for path in folder.rglob("*")
         if path.suffix.lower() in readable_suffixes() and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and written.isdisjoint(path.parents)
     )  # fmt: skip
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file called as our settings are holds them."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"mcic", "settings"}
 
 
 def _absolute(path: str | Path) -> Path:
@@ -145,16 +154,17 @@ def tags_of_images(table: Path, images: Sequence[ImageFile]) -> dict[Path, froze
     """
     if table.suffix not in (".csv", ".tsv", ".json", ".jsonl") or not table.is_file():
         raise ValueError(f"{table} is no table of tags: expected a .csv, .tsv, .json or .jsonl file")
-    listed = read_table(table)
     rows: dict[str, frozenset[str]] = {}
-    for row in listed:
+    for row in read_table(table):
         rows[row.image] = rows.get(row.image, frozenset()) | row.tags
-    tags = {image.path: next((rows[key] for key in _keys(image.path) if key in rows), None) for image in images}
-    unnamed = {key_of(Path(image.name)): image.path for image in images if tags[image.path] is None}
-    names = ImageNames(unnamed)
-    for row in listed:
-        if (key := names.find(row)) is not None:
-            tags[unnamed[key]] = (tags[unnamed[key]] or frozenset()) | row.tags
+    named = {image.path: next((key for key in _keys(image.path) if key in rows), None) for image in images}
+    paths = {_key(image.path): image.path for image in images}
+    names = ImageNames(paths)
+    for image in rows.keys() - set(named.values()):  # rows that name none exactly
+        key = names.find(Row(image, rows[image], str(table)))
+        if key is not None and named[paths[key]] is None:
+            named[paths[key]] = image
+    tags = {path: None if key is None else rows[key] for path, key in named.items()}
     missing = [path for path, found in tags.items() if found is None]
     if missing:
         raise ValueError(f"{table} has no row for {len(missing)} of {len(images)} images, such as {missing[0].name}")
@@ -408,9 +418,14 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _key(path: Path) -> str:
+    """An absolute path without what stands before its first folder."""
+    return PurePosixPath(*PurePosixPath(key_of(path)).parts[1:]).as_posix()
+
+
 def _keys(path: Path) -> Iterator[str]:
     """How a table may name a file: the longest end of its path first, with its ending and without."""
-    parts = PurePosixPath(key_of(path)).parts[1:]
+    parts = PurePosixPath(_key(path)).parts
     for place in range(len(parts)):
         end = PurePosixPath(*parts[place:])
         yield from (end.as_posix(), end.with_suffix("").as_posix())

@@ -102,6 +102,9 @@ def _notes(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
     finished = [run for run in runs if run.summary]
     if len({(str(run.setting("data", "name")), str(run.setting("data", "root"))) for run in runs}) > 1:
         notes.append("The runs were trained on different data.")
+    if len({str(run.summary.get("classes")) for run in finished}) > 1:
+        notes.append("The runs have different classes: their scores are means over different things, and one colour "
+                     "may stand for two classes in the pictures.")  # fmt: skip
     if len({str(run.summary.get("protocol")) for run in finished}) > 1:
         notes.append("The runs were evaluated under different protocols: compare their scores with care.")
     used = [name for run, name in zip(runs, names, strict=True) if run.summary.get("ground_truth_used")]
@@ -154,14 +157,16 @@ def _settings(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     rows = [
         {
             "name": f"{group}.{name}".replace("_", "-"),
-            "values": [setting_text(run.setting(group, name)) for run in runs],
+            "raw": [run.setting(group, name) for run in runs],
         }
         for group, name in keys
         if (group, name) not in _UNCOMPARED
     ]
     for row in rows:
-        row["differs"] = len(set(row["values"])) > 1
-        row["changed"] = [value != row["values"][0] for value in row["values"]]
+        raw = row.pop("raw")
+        row["values"] = [setting_text(value) for value in raw]
+        row["changed"] = [value != raw[0] for value in raw]
+        row["differs"] = any(row["changed"])
     return rows
 
 

@@ -113,8 +113,7 @@ def confusion_svg(summary: dict[str, Any]) -> Markup | None:
 def setting_text(value: Any) -> str:
     """A value of the configuration, or of a summary, as a person writes it."""
     if isinstance(value, float):
-        text = number(value, 4)
-        return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+        return f"{value:.10g}"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "unset" if value is None else str(value)
 
 

@@ -17,12 +17,14 @@ def retrain_config(run: Path) -> Config:
 
     The network starts from the backbone's initial weights again, and its loss is the cross-entropy at the pixels of
     the crop, weighted with the masks' confidence and without the pixels that they ignore. It is kept in `RUN/retrain`.
+    Where the backbone had none, it starts from what `run.init_from` named, as the run did.
     """
     config = load_config(run / "config.yaml")
+    start = config.run.init_from if config.model.weights == "none" else None
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, masks=str(run / "masks"), saliency="none", calibration=None),
         method=dataclasses.replace(config.method, supervision="masks", context="none"),
         eval=dataclasses.replace(config.eval, mask_images=0),
-        run=dataclasses.replace(config.run, dir=str(run / FOLDER), resume="none", init_from=None, previews=0),
+        run=dataclasses.replace(config.run, dir=str(run / FOLDER), resume="none", init_from=start, previews=0),
     )

@@ -27,9 +27,12 @@ def build_targets(config: Config, train: Dataset) -> Targets | None:
     return SavedMasks(Path(config.data.masks), train)
 
 
-def uses_ground_truth(config: Config, targets: Targets | None) -> bool:
-    """Whether masks that people drew train this network, chose a threshold, or trained what it starts from."""
-    calibration, start = config.data.calibration, config.run.init_from
+def uses_ground_truth(config: Config, targets: Targets | None, *, begins: bool = True) -> bool:
+    """Whether masks that people drew train this network, chose a threshold, or trained what it starts from.
+
+    Of a run that goes on (not `begins`) the last two are in its checkpoint.
+    """
+    calibration, start = (config.data.calibration, config.run.init_from) if begins else (None, None)
     if calibration is not None and read_calibration(Path(calibration))["ground_truth_used"]:
         return True
     if start is not None and used_ground_truth(Path(start)):

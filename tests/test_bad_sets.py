@@ -271,7 +271,7 @@ def test_voc_and_coco_are_refused(tmp_path, name, make, refused):
 
 @pytest.mark.parametrize(
     "segmentation",
-    [[[0, 0, 1e12, 0, 1e12, 1e12]], [[1, 2, 3]], [[1, 2, 3, 4]], [["a", 1, 2, 3]], [5], [[float("nan")] * 6],
+    [[[0, 0, 1e12, 0, 1e12, 1e12]], [[1, 2, 3]], [["a", 1, 2, 3]], [5], [[float("nan")] * 6],
      {"counts": "zzzz"},     {"counts": [1, 2]}, {"counts": [0, 10**15]},
      {"counts": [-5, 2245]}, {"counts": "é"}, {"counts": "o" * 10**5}, {}, 7],
     ids=str,
@@ -283,6 +283,14 @@ def test_regions_that_do_not_fit_are_no_crash(tmp_path, segmentation):
         ValueError, match=r"the annotations of image .*COCO_train2014_000000000000.jpg cannot be drawn: "
     ):
         data.mask(0)
+
+
+def test_a_polygon_of_two_corners_encloses_nothing(tmp_path):
+    in_coco(lambda content: content["annotations"][0].update(segmentation=[[1, 2, 3, 4]]))(tmp_path)
+    data = build_data(DataConfig(name="coco14", root=str(tmp_path))).train
+    place = data.mask(0)
+    in_coco(lambda content: content["annotations"].pop(0))(tmp_path)
+    assert (place == build_data(DataConfig(name="coco14", root=str(tmp_path))).train.mask(0)).all()
 
 
 def test_a_map_that_is_missing_or_broken_is_named(tmp_path):

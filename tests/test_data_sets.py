@@ -391,3 +391,24 @@ def test_a_validation_root_is_for_tars_and_a_relative_root_says_where_it_was_loo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"--data.root photos is no folder in {tmp_path}"):
         build_data(DataConfig(name="folder", root="photos"))
+
+
+@pytest.mark.parametrize("name", ["val/images/9.png", "val/notes.xml", "val/tags.csv"])
+def test_a_val_that_does_not_stand_alone_is_no_val(tmp_path, name):
+    make_table(tmp_path, {f"{index}.png": "a" for index in range(6)})
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    save_image(path, scene(9, [1])[0]) if path.suffix == ".png" else path.write_text("image,tags\n")
+    assert read_folder(tmp_path, 0.3).held_out
+
+
+def test_the_usual_spelling_of_val_counts(tmp_path):
+    root = make_folder(tmp_path / "data")
+    shutil.copytree(root / "val", root / "Validation")
+    contents = read_folder(root, 0.2)
+    assert all(photo.path.is_relative_to(root / "val") for photo in contents.val)
+
+
+def test_shapes_read_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="shapes are made at run time and read no folder"):
+        build_data(DataConfig(root=str(tmp_path)))

@@ -123,7 +123,7 @@ def test_names_find_images_by_the_end_of_a_path_or_in_other_case_but_never_by_gu
         ("tags.csv", "image,tags\na.jpg,dog\n,cat\n", r"tags.csv, line 3 names no image"),
         ("tags.csv", "image,tags\n\nC:\\x\\..\\a.jpg,dog\n", r"tags.csv, line 3: 'C:\\\\x.*' leaves images/"),
         ("tags.csv", f"image,tags\na.jpg,{'x' * 200_000}\n", r"tags.csv, line \d: field larger than field limit"),
-        ("tags.csv", 'image,tags\na.jpg,"dog\nb.jpg,cat\n', r"tags.csv, line 3: unexpected end of data"),
+        ("tags.csv", 'image,tags\na.jpg,"dog\nb.jpg,cat\n', r"tags.csv, line 2: a quote has no end"),
         ("labels.csv", "image,dog,dog\na.jpg,1,0\n", r"labels.csv has several columns 'dog': a class has one"),
         ("labels.csv", "image,dog\na.jpg,1\nb.jpg,3\n", r"labels.csv, line 3 has '3' under 'dog': expected the header"),
         ("tags.json", "{", r"tags.json is not JSON: "),
@@ -272,3 +272,15 @@ def test_the_size_of_a_turned_tiff_is_the_upright_one(tmp_path):
         facts = probe_image(tmp_path / name)
         assert facts.size == read_image(tmp_path / name).shape[:2] == (60, 40), name
         assert "rotated" in facts.oddities, name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image,tags\na.jpg,"dog|cat" \n', '"image" , "tags" \n"a.jpg" ,"dog|cat"\n',
+        'image,tags,note\na.jpg,dog|cat,"5" nail"\n', "image,dog,cat,,\na.jpg,1,1,,\n",
+    ],
+)  # fmt: skip
+def test_tables_that_spreadsheets_and_people_write(tmp_path, text):
+    (tmp_path / "tags.csv").write_text(text)
+    assert [(row.image, row.tags) for row in read_table(tmp_path / "tags.csv")] == [("a.jpg", {"dog", "cat"})]

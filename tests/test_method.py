@@ -313,7 +313,7 @@ def test_context_head_classification_makes_the_mask_from_the_heatmap():
 
 def test_new_layers_learn_faster():
     model, _ = make()
-    model.network.backbone.pretrained = True
+    model.trained = ("network.backbone",)
     optimizer = build_optimizer(model, lr=0.1, new_layer_lr=10, momentum=0.9, weight_decay=0)
     old, new = optimizer.param_groups
     assert (old["lr"], new["lr"]) == (0.1, 1.0)

@@ -395,3 +395,22 @@ def test_tables_name_images_as_in_training(photos, tmp_path, named):
     table.write_text(f"image,tags\n{named},dog\n")
     images = [image for image in find_images([photos / "a"], out=tmp_path) if image.path.suffix == ".jpg"]
     assert tags_of_images(table, images) == {photos / "a" / "x.jpg": frozenset({"dog"})}
+
+
+def test_rows_of_a_table_name_no_other_image(photos, tmp_path):
+    table = tmp_path / "tags.csv"
+    images = [image for image in find_images([photos / "a", photos / "b"], out=tmp_path) if image.name == "x"]
+    jpegs = [image for image in images if image.path.suffix == ".jpg"]
+    table.write_text("image,tags\na/x.jpg,dog\n")
+    with pytest.raises(ValueError, match="has no row for 1 of 2 images"):
+        tags_of_images(table, jpegs)
+    table.write_text("image,tags\na/X.JPG,dog\nb/X.JPG,cat\n")
+    assert tags_of_images(table, jpegs) == {
+        photos / "a" / "x.jpg": frozenset({"dog"}), photos / "b" / "x.jpg": frozenset({"cat"}),
+    }  # fmt: skip
+
+
+def test_a_file_that_is_called_like_ours_hides_nothing(predictor, photos, tmp_path):
+    (photos / "predictions.json").write_text("[]")
+    (photos / "a").rename(photos / "labels")
+    assert len(find_images([photos], out=tmp_path / "out")) == 4

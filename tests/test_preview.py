@@ -140,5 +140,8 @@ def test_names_in_any_alphabet_are_drawn(caplog):
     box = bytes(font.getmask("\uffff"))
     assert all(bytes(font.getmask(letter)) != box for letter in "ßäобакσύ")
     assert not caplog.text
+    rare = font_for(["\U0010fffd dog"], 20)  # private use: in no font but the one that draws a box for everything
+    assert "no font of this machine has" in caplog.text
+    assert "Last Resort" not in rare.getname()[0]
     font_for(["\U0001e900"], 20)  # an alphabet that few fonts have
     assert font_for(["dog"], 20).size == 20

@@ -13,8 +13,9 @@ from mcic.checkpoint import checkpoints, load_network, save_network
 from mcic.cli import main
 from mcic.config_io import load_config
 from mcic.data import build_data
-from mcic.evaluate import evaluate_network, evaluate_run
+from mcic.evaluate import MASK_NAMES, evaluate_network, evaluate_run
 from mcic.model import NetworkSpec, SegmentationNetwork
+from mcic.model.backbones import build_backbone
 from mcic.restore import restore_run
 from mcic.stop import Stopped
 from mcic.trainer import Trainer
@@ -433,3 +434,71 @@ def test_ground_truth_is_remembered_by_a_run_that_goes_on_from_a_checkpoint(tmp_
     tags = short(tmp_path / "tags", method={"context": "none"}, train={"epochs": 2}, eval={"mask_images": 0})
     tags.run.resume = str(checkpoints(tmp_path / "full" / "checkpoints")[-1])
     assert Trainer(tags).fit()["ground_truth_used"]
+
+
+def test_a_run_whose_folder_is_unnamed_never_meets_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mcic.trainer.time.strftime", lambda form: "20260101-000000")
+    groups = {"train": {"epochs": 1}, "eval": {"mask_images": 0}}
+    Trainer(short(tmp_path / "run", run={"dir": None}, **groups)).fit()
+    for resume in ("none", "auto"):
+        trainer = Trainer(short(tmp_path / "run", run={"dir": None, "resume": resume}, **groups))
+        assert trainer.step == 0
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match="runs"):
+        trainer.fit()
+
+
+def test_a_run_that_goes_on_needs_nothing_that_it_began_with(tmp_path):
+    """Neither the weights' file nor the calibration's; the backbone keeps its rate, the method its threshold."""
+    weights, calibration = tmp_path / "tiny.pth", tmp_path / "calibration.json"
+    torch.save(build_backbone("tiny").state_dict(), weights)
+    found = {"field": "background_power", "chosen": 0.5, "ground_truth_used": True}
+    calibration.write_text(json.dumps(found))
+    groups = {
+        "model": {"weights": str(weights)}, "data": {"calibration": str(calibration)}, "eval": {"mask_images": 0},
+    }  # fmt: skip
+    first = Trainer(short(tmp_path / "run", train={"epochs": 1}, **groups))
+    first.fit()
+    weights.unlink()
+    calibration.write_text(json.dumps(found | {"chosen": 3.0}))
+    again = short(tmp_path / "run", train={"epochs": 2}, run={"resume": "auto"}, **groups)
+    trainer = Trainer(again)
+    assert trainer.config.method.background_power == 0.5
+    assert trainer.ground_truth_used
+    for ours, theirs in zip(trainer.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+        assert (ours["initial_lr"], len(ours["params"])) == (theirs["initial_lr"], len(theirs["params"]))
+    trainer.fit()
+
+
+def test_while_a_finished_run_goes_on_it_has_no_scores(tmp_path):
+    Trainer(short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 0})).fit()
+    trainer = Trainer(short(tmp_path / "run", train={"epochs": 2}, eval={"mask_images": 0}, run={"resume": "auto"}))
+    trainer.stop.made = True  # asked at once
+    with pytest.raises(Stopped):
+        trainer.fit()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_start_of_other_classes_is_refused(finished, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(finished[0] / "checkpoints", source)
+    card = json.loads((source / "network.json").read_text())
+    (source / "network.json").write_text(json.dumps(card | {"classes": card["classes"][::-1]}))
+    with pytest.raises(ValueError, match="is of the classes"):
+        Trainer(short(tmp_path / "run", run={"init_from": str(source)}))
+
+
+def test_a_start_from_weights_trains_at_the_small_rate(finished, tmp_path):
+    config = short(tmp_path / "run", run={"init_from": str(finished[0] / "checkpoints")})
+    assert Trainer(config).model.trained == ("network.backbone",)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [({"supervision": "full"}, {"cam", "seg"}), ({"context": "none"}, {"cam", "seg"}), ({}, set(MASK_NAMES))],
+)
+def test_masks_are_scored_that_the_run_trained(tmp_path, method, expected):
+    summary = Trainer(short(tmp_path / "run", train={"epochs": 1}, method=method)).fit()
+    assert {name.removeprefix("train/mask_miou_") for name in summary if "mask_miou" in name} == expected

@@ -44,6 +44,9 @@ def build_data(config: DataConfig) -> Splits:
         if count is not None and count < 1:
             raise ValueError(f"--data.{flag} must be 1 or more, got {count}")
     if config.name == "shapes":
+        if given := config.root or config.val_root:
+            raise ValueError(f"shapes are made at run time and read no folder, got {given}: for photographs train with "
+                             "the preset folder, for VOC and COCO with theirs")  # fmt: skip
         splits = _shapes(config)
     else:
         splits = _read(config)

@@ -124,8 +124,7 @@ def read_folder(
     fence = Fence.around(root, follow_links=follow_links)
     root = fence.root
     train_root = root / "train" if _has_parts(root, fence) else root
-    val_root = next((path for path in sorted(root.iterdir()) if path.name.casefold() in VAL_FOLDERS and path.is_dir()),
-                    None)  # fmt: skip
+    val_root = _val_folder(root)
     if val_root is not None and train_root == root and not _stands_alone(root, val_root, fence):
         val_root = None  # a class, or images that the table in the root names
     parts = [train_root] if val_root is None else [train_root, val_root]
@@ -147,7 +146,7 @@ def read_folder(
             raise ValueError(f"no image of {part} can be read: {describe(losses)}")
         sides.append(kept)
     require_few(dropped, usable=sum(map(len, sides)), share=max_bad_share)
-    named = _sides_by_name(sides[0]) if len(sides) == 1 else None
+    named = _sides_by_name(sides[0]) if len(sides) == 1 and _has_table(train_root) else None
     held_out = len(sides) == 1 and named is None
     if held_out:
         sides = _held_out(sides[0], val_share, root)
@@ -211,11 +210,21 @@ def _has_parts(root: Path, fence: Fence) -> bool:
     return _has_table(train) or bool(_class_folders(train, fence)[0])
 
 
+def _val_folder(root: Path) -> Path | None:
+    """`val/` or the first other of `VAL_FOLDERS` that is there; one in another case where none is spelt like these."""
+    exact = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
+    others = [path for path in sorted(root.iterdir()) if path.name.casefold() in VAL_FOLDERS and path.is_dir()]
+    return next((path for path in exact + others), None)
+
+
 def _stands_alone(root: Path, val_root: Path, fence: Fence) -> bool:
     """Whether `val/`, beside images and tags right in the root, holds images and tags of its own."""
-    if not any((root / name).is_dir() for name in IMAGE_FOLDERS):
+    beside = any((root / name).is_dir() for name in IMAGE_FOLDERS) and not (root / "train").is_dir()
+    if not beside or not fence.allows(val_root):
         return False
-    return _has_table(val_root) or bool(_class_folders(fence.require(val_root), fence)[0])
+    if find_tables(val_root):
+        return bool(_files(val_root, fence)[0])
+    return bool(_class_folders(val_root, fence)[0])
 
 
 def _has_table(part: Path) -> bool:
@@ -330,7 +339,7 @@ def _read_class_folders(part: Path, fence: Fence) -> tuple[list[Photo], list[Dro
     has both tags.
     """
     folders, others = _class_folders(part, fence)
-    if {folder.name for folder in folders} <= {"train", "test", *VAL_FOLDERS}:
+    if {folder.name.casefold() for folder in folders} <= {"train", "test", *VAL_FOLDERS}:
         raise ValueError(f"--data.root has no images with tags: expected {LAYOUT}, got {part}")
     by_name: dict[str, list[Photo]] = defaultdict(list)
     dropped = [Dropped("folder", str(path)) for path in others]

@@ -209,11 +209,11 @@ def shards_of(root: str) -> list[str]:
     specs = [root]
     if "{" in root or "::" in root:
         try:
-            from webdataset.shardlists import expand_urls
+            from braceexpand import braceexpand
         except ImportError as error:
             raise ValueError("{…} and :: in a list of shards need webdataset: pip install 'mcic[webdataset]'; or name "
                              "their folder, or a pattern with *") from error  # fmt: skip
-        specs = expand_urls(root)
+        specs = [each for part in root.split("::") for each in braceexpand(part)]
     found: dict[str, None] = {}
     for spec in specs:
         here = spec if is_remote(spec) else os.path.expanduser(spec)

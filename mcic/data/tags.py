@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -99,11 +100,16 @@ def read_csv(path: Path) -> list[Row]:
     text = read_text(path)
     first = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+        lines, begins = [], 1
+        for cells in reader:
+            lines.append((reader.line_num, [cell.strip() for cell in cells]))
+            begins, ended = reader.line_num + 1, begins
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    if lines and _is_open(text, ended, delimiter):
+        raise ValueError(f"{path}, line {ended}: a quote has no end")
     lines = [(number, cells) for number, cells in lines if any(cells)]
     header = lines[0][1] if lines else []
     image = _column(header, IMAGE_KEYS)
@@ -113,7 +119,7 @@ def read_csv(path: Path) -> list[Row]:
             for number, cells in lines[1:]]  # fmt: skip
     tags = _column(header, TAG_KEYS)
     if tags is None:
-        if twice := [name for name, count in Counter(header).items() if count > 1]:
+        if twice := [name for name, count in Counter(header).items() if name and count > 1]:
             raise ValueError(f"{path} has several columns {shown(twice[0])!r}: a class has one")
         return [Row(image_name(cells[image], where), _marked(header, cells, image, where), where)
                 for where, cells in rows]  # fmt: skip
@@ -122,6 +128,16 @@ def read_csv(path: Path) -> list[Row]:
         log.info("%s: tags are joined by %r, since no row has |", path, separator)
     return [Row(image_name(cells[image], where), _split(cells[tags], separator, where), where)
             for where, cells in rows]  # fmt: skip
+
+
+def _is_open(text: str, line: int, delimiter: str) -> bool:
+    """Whether the last row of a table, which begins in `line`, ends within quotes."""
+    rest = islice(io.StringIO(text, newline=""), line - 1, None)
+    try:
+        list(csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
 
 
 def read_tags_json(path: Path) -> list[Row]:

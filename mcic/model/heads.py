@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
@@ -42,11 +44,15 @@ def classification_head(kind: str, channels: int, num_objects: int, *, hidden: i
     return nn.Conv2d(channels, num_objects, 1) if kind == "linear" else _branch(channels, num_objects, 1, hidden)
 
 
-def initialize_head(head: nn.Module) -> None:
-    """Normal weights of deviation 1/√fan-in, at least DeepLab's 0.01, and zero biases; hidden layers by Kaiming's rule.
+def initialize_head(head: nn.Module, fully_connected: Sequence[tuple[Tensor, Tensor]] = ()) -> list[str]:
+    """Normal weights of deviation 1/√fan-in, at least DeepLab's 0.01, and zero biases; hidden layers by Kaiming's rule,
+    or with the weights and biases `fully_connected` of fc6 and fc7, where they are given.
 
     On a backbone that starts from scratch, the head's weights are all that carries the gradient to it: with 0.01
     everywhere the first epochs would learn nothing.
+
+    Returns:
+        Names of the layers that took given weights.
     """
     for layer in (module for module in head.modules() if isinstance(module, nn.Conv2d)):
         if layer.out_channels >= 256:
@@ -54,6 +60,15 @@ def initialize_head(head: nn.Module) -> None:
         else:
             nn.init.normal_(layer.weight, std=max(0.01, layer.weight[0].numel() ** -0.5))
         nn.init.zeros_(layer.bias)
+    taken = []
+    for name, layer in head.named_modules():
+        for given, (weight, bias) in enumerate(fully_connected):
+            # fc6 and fc7 are the places 0 and 3 of a branch.
+            if name.rpartition(".")[2] == str(3 * given) and getattr(layer, "weight", bias).shape == weight.shape:
+                layer.weight.data.copy_(weight)
+                layer.bias.data.copy_(bias)
+                taken.append(name)
+    return taken
 
 
 def _branch(channels: int, num_classes: int, dilation: int, hidden: int | None) -> nn.Module:

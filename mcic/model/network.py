@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mcic.model.backbones import build_backbone
+from mcic.model.backbones import build_backbone, hidden_width
 from mcic.model.heads import classification_head, initialize_head, segmentation_head
 from mcic.model.memory import MemoryBank
 from mcic.model.propagation import Propagation
@@ -41,6 +41,7 @@ class SegmentationNetwork(nn.Module):
     Attributes:
         stride: image pixels per feature pixel. Features of an image whose sides are multiples of the stride plus 1
             lie exactly on the pixels 0, stride, 2·stride, …
+        trained: names of the modules that begin with weights of an earlier training.
     """
 
     def __init__(self, spec: NetworkSpec, *, weights: str = "none") -> None:
@@ -52,16 +53,12 @@ class SegmentationNetwork(nn.Module):
             spec.segmentation_head, self.backbone.channels, spec.num_classes,
             output_stride=self.stride, hidden=hidden_width(spec.backbone),
         )  # fmt: skip
-        initialize_head(self.segmentation_head)
+        taken = initialize_head(self.segmentation_head, self.backbone.fully_connected)
+        self.trained = tuple(["backbone"] * self.backbone.pretrained + [f"segmentation_head.{name}" for name in taken])
 
     def forward(self, images: Tensor) -> Tensor:
         """Images f32 [B, 3, H, W] (ImageNet mean and deviation taken out) → logits [B, K, h, w]."""
         return self.segmentation_head(self.backbone(images))
-
-
-def hidden_width(backbone: str) -> int | None:
-    """Width of the fc6 and fc7 layers in front of a head's scores: VGG16 has them."""
-    return 1024 if backbone == "vgg16" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +117,9 @@ class MCIC(nn.Module):
         classify_context: also give the classification head's heatmap of f̃.
         ema_momentum: contexts come from a moving average of the network; None: from the network.
         backend: of the hot path.
+
+    Attributes:
+        trained: names of the modules that begin with weights of an earlier training: they learn at the smaller rate.
     """
 
     def __init__(
@@ -157,7 +157,11 @@ class MCIC(nn.Module):
         self.classification_head = classification_head(
             classification, channels, spec.num_classes - 1, hidden=hidden_width(spec.backbone)
         )
-        initialize_head(self.classification_head)
+        taken = initialize_head(self.classification_head, self.network.backbone.fully_connected)
+        self.network.backbone.fully_connected = ()
+        self.trained = (
+            *(f"network.{name}" for name in self.network.trained), *(f"classification_head.{name}" for name in taken)
+        )  # fmt: skip
         self.memory: MemoryBank | None = None
         self.propagation: Propagation | None = None
         self.ema: SegmentationNetwork | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 
 from mcic.model.backbones.base import Backbone
-from mcic.model.backbones.weights import load_state_dict, load_weights
+from mcic.model.backbones.weights import fully_connected, load_state_dict, load_weights
 from mcic.suggest import nearest
 
-__all__ = ["Backbone", "build_backbone", "load_state_dict"]
+__all__ = ["Backbone", "build_backbone", "hidden_width", "load_state_dict"]
 
 _MODULES = {
     "tiny": "tiny",
@@ -17,6 +17,11 @@ _MODULES = {
     "resnet101": "resnet",
     "efficientnet_lite0": "efficientnet",
 }
+
+
+def hidden_width(name: str) -> int | None:
+    """Width of the layers fc6 and fc7 in front of a head's scores: VGG16 has them."""
+    return 1024 if name == "vgg16" else None
 
 
 def build_backbone(name: str, *, weights: str = "none", output_stride: int | None = None) -> Backbone:
@@ -36,6 +41,9 @@ def build_backbone(name: str, *, weights: str = "none", output_stride: int | Non
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     backbone: Backbone = getattr(module, name)(output_stride=output_stride)
     if weights != "none":
-        load_weights(backbone, load_state_dict(weights, name), source=weights)
+        state = load_state_dict(weights, name)
+        load_weights(backbone, state, source=weights)
         backbone.pretrained = True
+        if (hidden := hidden_width(name)) is not None:
+            backbone.fully_connected = fully_connected(state, channels=backbone.channels, hidden=hidden)
     return backbone

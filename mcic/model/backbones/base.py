@@ -19,6 +19,7 @@ class Backbone(nn.Module):
         channels: D, channels of the features.
         output_stride: image pixels per feature pixel.
         pretrained: its weights come from a file, so its parameters learn at the small rate.
+        fully_connected: of the same file, what a head's layers fc6 and fc7 begin with, see `weights.fully_connected`.
         surplus: prefixes of the names that its usual weight files hold and it has no use for (classifiers).
     """
 
@@ -29,6 +30,7 @@ class Backbone(nn.Module):
         self.channels = channels
         self.output_stride = output_stride
         self.pretrained = False
+        self.fully_connected: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, D, ceil(H / stride), ceil(W / stride)] of images [B, 3, H, W] of any size.

@@ -1,5 +1,6 @@
 """VGG16 as in DeepLab (Simonyan & Zisserman 2015; Chen et al., "LargeFOV"): poolings are 3×3, the last two of
-stride 1, and conv5 has dilation 2. The fully connected layers belong to the heads."""
+stride 1, and conv5 has dilation 2. The fully connected layers belong to the heads. As in DeepLab-v2, no average pooling
+follows pool5, which DeepLab-v1 has."""
 
 from __future__ import annotations
 

@@ -4,13 +4,16 @@ Files are read without running code from them (`weights_only`; safetensors). Nam
 Caffe conversions: `conv1_1.weight` … `fc8.bias` for VGG16, `Scale.conv1.weight` … (DeepLab-v2) for ResNets. Networks
 of Caffe expect BGR in 0…255 with the mean taken out; under those names the difference goes into the first layer,
 exact but for the one pixel (ResNet: three) of zero padding, where "zero" differs by at most one grey level. Caffe's
-ResNets also stride in the first 1×1 convolution of a layer, ours in its 3×3: training has to absorb that.
+ResNets also stride in the first 1×1 convolution of a layer, ours in its 3×3, and DeepLab-v2's have the larger dilation
+(2, 4) in the first block of a dilated layer too, ours, as torchvision's, from the second on: training has to absorb
+that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,38 @@ def load_weights(backbone: Backbone, state: dict[str, Tensor], *, source: str) -
     if surplus:
         _log.warning("%s: %d tensors are not used: %s", source, len(surplus), _listed(surplus))
     backbone.load_state_dict({name: state[name] for name in required}, strict=False)
+
+
+def fully_connected(state: dict[str, Tensor], *, channels: int, hidden: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """fc6 and fc7 of VGG16 as the convolutions of a head, (weight, bias) of each; none where the file has none.
+
+    Layers that are larger are subsampled evenly, as DeepLab does (Chen et al. 2015): of 4096 outputs every fourth, of
+    7×7 taps every third.
+
+    Args:
+        state: of `load_state_dict`.
+        channels: D, the features'.
+        hidden: width of both layers in the head.
+    """
+    names = ("classifier.0", "classifier.3")
+    if any(f"{name}.{part}" not in state for name in names for part in ("weight", "bias")):
+        return ()
+    first, second = (state[f"{name}.weight"] for name in names)
+    side = math.isqrt(first[0].numel() // channels)
+    wide = len(first)
+    if first[0].numel() != channels * side**2 or side < 3 or wide % hidden or second.numel() != wide**2:
+        sizes = _size(first), _size(second)
+        _log.warning("fc6 %s and fc7 %s are not those of VGG16: the head's layers start from noise", *sizes)
+        return ()
+    kept, taps = slice(None, None, wide // hidden), torch.linspace(0, side - 1, 3).round().long()
+    first = first.reshape(wide, channels, side, side)[kept][:, :, taps][..., taps]
+    second = second.reshape(wide, wide, 1, 1)[kept, kept]
+    biases = (state[f"{name}.bias"][kept] for name in names)
+    return tuple((weight.clone(), bias.clone()) for weight, bias in zip((first, second), biases, strict=True))
+
+
+def _size(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape))
 
 
 def _listed(names: list[str]) -> str:
