@@ -144,23 +144,23 @@ def apply_calibration(config: Config, *, stored: Config | None = None) -> Config
 
     Args:
         config: resolved.
-        stored: of the run that goes on; with the same calibration its thresholds count, whatever the file says now.
+        stored: of the run that goes on; with the same calibration its threshold counts, whatever the file says now.
 
     Raises:
         ValueError: the file is not there, not what `calibrate` wrote, or of a threshold that these rules do not use.
     """
     if config.data.calibration is None:
         return config
-    method = config.method
+    method, expected = config.method, calibrated_field(config)
     if stored is not None and stored.data.calibration == config.data.calibration:
-        kept = {name: getattr(stored.method, name) for name in ("background_power", "cam_threshold")}
-        return dataclasses.replace(config, method=dataclasses.replace(method, **kept))
+        return dataclasses.replace(config, method=_with(method, expected, getattr(stored.method, expected)))
     found = read_calibration(Path(config.data.calibration))
-    expected = calibrated_field(config)
     if found["field"] != expected:
-        raise ValueError(f"--data.calibration {config.data.calibration} chose --method.{found['field']}, and with "
-                         f"--method.cam-background {method.cam_background} it is --method.{expected} that decides: "
-                         "calibrate a run with these rules".replace("_", "-"))  # fmt: skip
+        chosen, wanted = (f"--method.{name.replace('_', '-')}" for name in (found["field"], expected))
+        raise ValueError(
+            f"--data.calibration {config.data.calibration} chose {chosen}, and with --method.cam-background "
+            f"{method.cam_background} it is {wanted} that decides: calibrate a run with these rules"
+        )
     return dataclasses.replace(config, method=_with(method, found["field"], found["chosen"]))
 
 

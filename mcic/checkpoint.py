@@ -266,7 +266,9 @@ def load_initial(model: MCIC, path: Path, *, classes: Sequence[str]) -> None:
     verify_checkpoint(path)
     own, weights = model.state_dict(), path / "model.safetensors"
     bank = {name for name in own if name.startswith("memory.")}
-    shapes = {name: shape for name, shape in _shapes(weights).items() if not name.startswith("memory.")}
+    # What only the method's training has, and this model has not: full supervision, the second stage.
+    parts = tuple(f"{part}." for part in ("propagation", "ema") if not any(name.startswith(part) for name in own))
+    shapes = {name: shape for name, shape in _shapes(weights).items() if not name.startswith(("memory.", *parts))}
     _check_fit(shapes, model, source=path, but=bank)
     stored = load_file(weights)
     model.load_state_dict({name: own[name] if name in bank else stored[name] for name in own})

@@ -36,7 +36,7 @@ from mcic.areas import AreaTable
 from mcic.data.folder import ImageNames, file_name
 from mcic.data.names import is_text
 from mcic.data.shards import images_of, names_shards
-from mcic.data.tags import Row, key_of, read_table
+from mcic.data.tags import key_of, read_table
 from mcic.durable import remove_partials, write_text
 from mcic.pictures import readable_suffixes
 from mcic.predict import Predictor
@@ -155,16 +155,20 @@ def tags_of_images(table: Path, images: Sequence[ImageFile]) -> dict[Path, froze
     if table.suffix not in (".csv", ".tsv", ".json", ".jsonl") or not table.is_file():
         raise ValueError(f"{table} is no table of tags: expected a .csv, .tsv, .json or .jsonl file")
     rows: dict[str, frozenset[str]] = {}
-    for row in read_table(table):
+    listed = read_table(table)
+    for row in listed:
         rows[row.image] = rows.get(row.image, frozenset()) | row.tags
-    named = {image.path: next((key for key in _keys(image.path) if key in rows), None) for image in images}
+    exact = {image.path: next((key for key in _keys(image.path) if key in rows), None) for image in images}
+    tags = {path: None if key is None else rows[key] for path, key in exact.items()}
     paths = {_key(image.path): image.path for image in images}
-    names = ImageNames(paths)
-    for image in rows.keys() - set(named.values()):  # rows that name none exactly
-        key = names.find(Row(image, rows[image], str(table)))
-        if key is not None and named[paths[key]] is None:
-            named[paths[key]] = image
-    tags = {path: None if key is None else rows[key] for path, key in named.items()}
+    certain, every = set(exact.values()), ImageNames(paths)
+    unnamed = ImageNames(key for key, path in paths.items() if exact[path] is None)
+    for row in listed:
+        if row.image in certain or unnamed.find(row) is None:
+            continue
+        path = paths[every.find(row)]
+        if exact[path] is None:
+            tags[path] = (tags[path] or frozenset()) | row.tags
     missing = [path for path, found in tags.items() if found is None]
     if missing:
         raise ValueError(f"{table} has no row for {len(missing)} of {len(images)} images, such as {missing[0].name}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from mcic.config import Config
 from mcic.config_io import load_config
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "retrain"
 """where in a run's folder the second stage is kept"""
@@ -21,6 +24,9 @@ def retrain_config(run: Path) -> Config:
     """
     config = load_config(run / "config.yaml")
     start = config.run.init_from if config.model.weights == "none" else None
+    if start is not None and not Path(start).is_dir():
+        logger.warning("%s, from which the run began, is gone: the second stage starts from random weights", start)
+        start = None
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, masks=str(run / "masks"), saliency="none", calibration=None),

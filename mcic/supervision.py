@@ -27,12 +27,15 @@ def build_targets(config: Config, train: Dataset) -> Targets | None:
     return SavedMasks(Path(config.data.masks), train)
 
 
-def uses_ground_truth(config: Config, targets: Targets | None, *, begins: bool = True) -> bool:
+def uses_ground_truth(config: Config, targets: Targets | None, *, stored: Config | None = None) -> bool:
     """Whether masks that people drew train this network, chose a threshold, or trained what it starts from.
 
-    Of a run that goes on (not `begins`) the last two are in its checkpoint.
+    Of a run that goes on, with the configuration `stored`, its checkpoint says so of what it began with.
     """
-    calibration, start = (config.data.calibration, config.run.init_from) if begins else (None, None)
+    calibration, start = config.data.calibration, config.run.init_from
+    if stored is not None:
+        start = None
+        calibration = None if stored.data.calibration == calibration else calibration
     if calibration is not None and read_calibration(Path(calibration))["ground_truth_used"]:
         return True
     if start is not None and used_ground_truth(Path(start)):

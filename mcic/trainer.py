@@ -85,12 +85,12 @@ class Trainer:
         if self.summary is not None:
             return
         self.resumed_from = self._checkpoint_to_resume()
+        self.stored = self._stored_config()
         seed_everything(config)
         self.data = build_data(config.data)
         self.config = config = self._settled()
         self.targets = build_targets(config, self.data.train)
-        begins = config.run.resume != "auto" or self.resumed_from is None
-        self.ground_truth_used = uses_ground_truth(config, self.targets, begins=begins)
+        self.ground_truth_used = uses_ground_truth(config, self.targets, stored=self.stored)
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
         if self.saliency is not None:
             self.saliency.check(self.data.train)
@@ -144,7 +144,8 @@ class Trainer:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_with(self.folder / "config.yaml", lambda path: save_config(self.config, path))
             write_quarantine(self.folder, self.data.train.dropped)
-            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on: its scores are of earlier
+            for name in ("summary.json", "report.html"):  # of a run that goes on: they are of its earlier end
+                (self.folder / name).unlink(missing_ok=True)
             write_text(self.folder / "env.json", json.dumps(environment(), indent=1))
         evaluated = min(self.step if self.epoch_closed else self.step - 1, self.total_steps - 1)
         with (
@@ -362,7 +363,7 @@ class Trainer:
             run.resume = "none"  # whatever is there when training starts, another run made just now
             return folder
         source = Path(run.resume) if run.resume not in ("none", "auto") else None
-        own = source is not None and source.resolve().parent == (folder / "checkpoints").resolve()
+        own = source is not None and self._is_own(source)
         if run.resume != "auto" and not own and any(folder.glob("*")):
             raise ValueError(
                 f"--run.dir {folder} already holds files: continue that run with --run.resume auto, "
@@ -399,12 +400,8 @@ class Trainer:
 
     def _settled(self) -> Config:
         """The configuration with what it leaves to data and machine; a run that goes on keeps what it had."""
-        config, stored = self.config, self.folder / "config.yaml"
-        goes_on = config.run.resume == "auto" and stored.is_file()
-        if goes_on:
-            config = fill_unset(config, load_config(stored))
-        config = settle(config, self.data.train, self.device)
-        config = apply_calibration(config, stored=load_config(stored) if goes_on else None)
+        config = self.config if self.stored is None else fill_unset(self.config, self.stored)
+        config = apply_calibration(settle(config, self.data.train, self.device), stored=self.stored)
         self.data.train.long_side = self.data.val.long_side = config.data.long_side
         return config
 
@@ -423,14 +420,22 @@ class Trainer:
             return newest_good(self.folder / "checkpoints")
         return None if resume == "none" else Path(resume)
 
+    def _stored_config(self) -> Config | None:
+        """Of the run that goes on in its own folder, else None."""
+        path, source = self.folder / "config.yaml", self.resumed_from
+        own = self.config.run.resume == "auto" or (source is not None and self._is_own(source))
+        return load_config(path) if own and path.is_file() else None
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint lies in this run's folder."""
+        return checkpoint.resolve().parent == (Path(self.config.run.dir) / "checkpoints").resolve()
+
     def _begun_trained(self) -> tuple[str, ...]:
         """Which modules had weights of an earlier training when the run began."""
-        config, begun = self.config, dict.fromkeys(self.model.trained)
-        if config.model.weights != "none" or config.run.init_from is not None:
-            begun["network.backbone"] = None
+        backbone, config = ("network.backbone",), self.config
         if self.resumed_from is None:
-            return tuple(begun)
-        return tuple(read_state(self.resumed_from).get("trained", begun))
+            return tuple(dict.fromkeys(self.model.trained + (backbone if config.run.init_from is not None else ())))
+        return tuple(read_state(self.resumed_from).get("trained", backbone if config.model.weights != "none" else ()))
 
     def _load_state(self) -> None:
         run, path, classes = self.config.run, self.resumed_from, self.data.train.classes

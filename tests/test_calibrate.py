@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from runs import short
 
-from mcic.calibrate import FILE, POWERS, calibrate, color_information, edge_contrast
+from mcic.calibrate import FILE, POWERS, apply_calibration, calibrate, color_information, edge_contrast
+from mcic.checkpoint import checkpoints
 from mcic.cli import main
 from mcic.data import eval_items
 from mcic.evaluate import at_pixels
@@ -149,3 +150,33 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
     config.data.calibration = str(path)
     with pytest.raises(ValueError, match=r"--data\.calibration .*mcic calibrate"):
         Trainer(config)
+
+
+def test_a_calibration_counts_under_its_own_rules_alone(tmp_path):
+    path = tmp_path / "my_calibration.json"
+    path.write_text(json.dumps({"field": "background_power", "chosen": 3.0, "ground_truth_used": False}))
+    config = short(tmp_path / "run", data={"calibration": str(path)}).resolved()
+    assert apply_calibration(config).method.background_power == 3.0
+    stored = short(tmp_path / "run", data={"calibration": str(path)}, method={"background_power": 0.5}).resolved()
+    again = short(tmp_path / "run", data={"calibration": str(path)}, method={"cam_threshold": 0.3}).resolved()
+    method = apply_calibration(again, stored=stored).method
+    assert (method.background_power, method.cam_threshold) == (0.5, 0.3)
+    config.method.cam_background = "authors"
+    with pytest.raises(
+        ValueError, match=r"my_calibration.json chose --method.background-power, .* --method.cam-threshold"
+    ):
+        apply_calibration(config)
+
+
+def test_a_calibration_that_a_run_meets_on_its_way_is_remembered(tmp_path):
+    groups = {"eval": {"mask_images": 0}}
+    Trainer(short(tmp_path / "run", train={"epochs": 1}, **groups)).fit()
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"field": "background_power", "chosen": 0.5, "ground_truth_used": True}))
+    for resume in ("auto", str(checkpoints(tmp_path / "run" / "checkpoints")[-1])):
+        run = {"resume": resume}
+        trainer = Trainer(
+            short(tmp_path / "run", train={"epochs": 2}, run=run, data={"calibration": str(path)}, **groups)
+        )
+        assert trainer.ground_truth_used
+        assert trainer.config.method.background_power == 0.5

@@ -1,6 +1,7 @@
 """Presets and `config.yaml`."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_unknown_preset_suggests_the_nearest():
         ({"model": {"backbone": "vgg61"}}, r"model\.backbone must be one of .*; did you mean 'vgg16'"),
         ({"method": {"masks": ["cam", "mergd"]}}, r"method\.masks must be one of .*; did you mean 'merged'"),
         ({"method": {"slots": 0}}, r"--method\.slots must be 1 or more, got 0"),
+        ({"method": {"masks": ["cam", "cam"]}}, r"--method\.masks must be each named once"),
+        ({"train": {"scale": [0.5, math.inf]}}, r"--train\.scale must be two positive numbers"),
+        ({"train": {"momentum": 1.5}}, r"--train\.momentum must be below 1"),
+        ({"train": {"color_jitter": 50.0}}, r"--train\.color-jitter must be 0…1"),
+        ({"train": {"seed": 2**64}}, r"--train\.seed must be below 2⁶³"),
+        ({"run": {"rank_timeout": 1e15}}, r"--run\.rank-timeout must be positive, at most 1e9"),
         ([1], "a configuration must be a mapping"),
     ],
 )
@@ -90,3 +97,13 @@ def test_a_file_that_a_person_wrote(tmp_path):
         load_config(path)
     path.write_text("")
     assert load_config(path) == Config()
+
+
+def test_a_home_that_the_shell_left_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ant")
+    config = config_from_dict({"run": {"dir": "~/runs/a", "resume": "~/b"}, "data": {"cache": "~/cache"}})
+    assert (config.run.dir, config.run.resume, config.data.cache) == (
+        "/home/ant/runs/a",
+        "/home/ant/b",
+        "/home/ant/cache",
+    )

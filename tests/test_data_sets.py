@@ -380,7 +380,7 @@ def test_what_lies_beside_the_parts_is_named(tmp_path, caplog):
     Folder.splits(root, 0.2)
     Folder.splits(folder, 0.2)
     assert "1 folders of masks beside train/, where none are looked for (masks)" in caplog.text
-    assert "1 folders beside train/ and val/ (test)" in caplog.text
+    assert "1 folders beside those that are read (test)" in caplog.text
     assert "1 images beside the folders of the classes (extra.png)" in caplog.text
 
 

@@ -124,6 +124,8 @@ def test_names_find_images_by_the_end_of_a_path_or_in_other_case_but_never_by_gu
         ("tags.csv", "image,tags\n\nC:\\x\\..\\a.jpg,dog\n", r"tags.csv, line 3: 'C:\\\\x.*' leaves images/"),
         ("tags.csv", f"image,tags\na.jpg,{'x' * 200_000}\n", r"tags.csv, line \d: field larger than field limit"),
         ("tags.csv", 'image,tags\na.jpg,"dog\nb.jpg,cat\n', r"tags.csv, line 2: a quote has no end"),
+        ("tags.csv", 'image,tags\na.jpg,"dog\nb.jpg,cat\nc.jpg,"bird"\nd.jpg,dog\n', r"line 2: a quote has no end"),
+        ("tags.csv", 'image,tags,note\na.jpg,dog,"x\nb.jpg,cat,"y"\nc.jpg,ox,"z"\n', r"line 2: a quote has no end"),
         ("labels.csv", "image,dog,dog\na.jpg,1,0\n", r"labels.csv has several columns 'dog': a class has one"),
         ("labels.csv", "image,dog\na.jpg,1\nb.jpg,3\n", r"labels.csv, line 3 has '3' under 'dog': expected the header"),
         ("tags.json", "{", r"tags.json is not JSON: "),
@@ -278,7 +280,8 @@ def test_the_size_of_a_turned_tiff_is_the_upright_one(tmp_path):
     "text",
     [
         'image,tags\na.jpg,"dog|cat" \n', '"image" , "tags" \n"a.jpg" ,"dog|cat"\n',
-        'image,tags,note\na.jpg,dog|cat,"5" nail"\n', "image,dog,cat,,\na.jpg,1,1,,\n",
+        'image,tags,note\na.jpg,dog|cat,"5" nail"\n', 'image,tags,note\na.jpg,dog|cat,"two\nlines"\n',
+        "image,dog,cat,,\na.jpg,1,1,,\n",
     ],
 )  # fmt: skip
 def test_tables_that_spreadsheets_and_people_write(tmp_path, text):

@@ -86,3 +86,19 @@ def test_refined_masks_train(context):
     step.total.backward()
     assert step.total.isfinite()
     assert model.network.segmentation_head.weight.grad.any()
+
+
+def test_what_a_crop_padded_is_no_neighbour():
+    """Whatever stands there: saliency is 1 in it, and its heat is no part of the heat's maximum."""
+    _, objective = make(refinement="pamr", context="self", cam_threshold=0.0)
+    images = 0.05 * torch.randn(1, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(1, 33, 33, dtype=torch.bool)
+    valid[:, :, 20:] = False
+    rows = torch.rand(1, 4, 33, 33, generator=torch.Generator().manual_seed(1))
+    other = rows.clone()
+    other[:, 2, :, 20:] = 50.0
+    first, second = (objective._from_rows([each], valid, images)[0] for each in (rows, other))
+    assert torch.equal(first, second)
+    assert (first[:, :, 20:] == 255).all()
+    whole = torch.ones_like(valid)
+    assert torch.equal(objective._from_rows([rows], whole, images)[0], objective._from_rows([rows], None, images)[0])

@@ -414,3 +414,14 @@ def test_a_file_that_is_called_like_ours_hides_nothing(predictor, photos, tmp_pa
     (photos / "predictions.json").write_text("[]")
     (photos / "a").rename(photos / "labels")
     assert len(find_images([photos], out=tmp_path / "out")) == 4
+
+
+def test_rows_of_one_image_add_up_and_rows_of_others_do_not_matter(photos, tmp_path):
+    table = tmp_path / "tags.csv"
+    (photos / "a" / "x.png").unlink()
+    images = find_images([photos / "a", photos / "b"], out=tmp_path)
+    images = [image for image in images if image.name == "x"]
+    table.write_text("image,tags\na/X.JPG,dog\nA/X,cat\nb/x.jpg,ox\n")
+    assert tags_of_images(table, images)[photos / "a" / "x.jpg"] == {"dog", "cat"}
+    table.write_text("image,tags\nX.jpg,dog\na/x.jpg,cat\nb/x.jpg,ox\n")
+    assert list(tags_of_images(table, images).values()) == [{"cat"}, {"ox"}]

@@ -431,6 +431,19 @@ def test_comparison_names_differences(compared):
     assert "new is unfinished" in text
 
 
+def test_comparison_of_different_classes_and_nearly_equal_settings_says_so(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    config["train"]["lr"] *= 1 + 1e-6
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = make_summary()
+    summary["classes"] = [*summary["classes"][:-1], "another"]
+    (runs[1] / "summary.json").write_text(json.dumps(summary))
+    page, parsed = read(write_comparison(runs, out=tmp_path / "comparison.html"))
+    assert "The runs have different classes" in " ".join("".join(parsed.text).split())
+    assert '<th scope="row">train.lr' in page
+
+
 def test_comparison_lays_curves_over_each_other(compared):
     page, _ = compared
     chart = re.search(r'<svg class="chart"[^>]*aria-label="Loss terms: total">(.*?)</svg>', page, re.DOTALL).group(1)

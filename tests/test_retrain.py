@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from runs import metrics, short
 
+from mcic.checkpoint import checkpoints
 from mcic.cli import main
 from mcic.config_io import load_config, save_config
 from mcic.data import build_data
@@ -119,3 +120,20 @@ def test_mistakes_are_named(first_stage, words, message, capsys):
     assert re.search(message, error)
     assert error.count("\n") == 1
     assert not (first_stage / "retrain").exists()
+
+
+def test_a_second_stage_begins_where_the_first_did(tmp_path, caplog):
+    """Of a backbone without weights of its own: what the run was started from, if it is still there."""
+    source = Trainer(short(tmp_path / "source", train={"epochs": 1}, eval={"mask_images": 0}))
+    source.fit()
+    start = checkpoints(tmp_path / "source" / "checkpoints")[-1]
+    config = short(tmp_path / "run", train={"epochs": 1}, run={"init_from": str(start)}).resolved()
+    (tmp_path / "run").mkdir()
+    save_config(config, tmp_path / "run" / "config.yaml")
+    save_masks(tmp_path / "run" / "masks", build_data(config.data).train)
+    trainer = Trainer(retrain_config(tmp_path / "run"))
+    weights = trainer.model.network.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in source.model.network.state_dict().items())
+    start.rename(tmp_path / "gone")
+    assert retrain_config(tmp_path / "run").run.init_from is None
+    assert "is gone: the second stage starts from random weights" in caplog.text

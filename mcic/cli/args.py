@@ -11,6 +11,7 @@ import tyro
 
 from mcic.cli.flags import Flag, flags, groups
 from mcic.cli.help import print_help
+from mcic.cli.parse import sentence
 from mcic.config import Config
 from mcic.presets import DEFAULT, PRESETS, preset
 from mcic.suggest import nearest
@@ -110,7 +111,7 @@ def _parse(argv: list[str], default: Config, program: str) -> Config:
         with contextlib.redirect_stderr(said):
             return tyro.cli(Config, prog=program, args=argv, default=default)
     except SystemExit as stop:
-        raise ValueError(_refusal(stop) or said.getvalue()) from None
+        raise ValueError(_refusal(stop) or sentence(said.getvalue())) from None
 
 
 def _refusal(stop: SystemExit) -> str | None:

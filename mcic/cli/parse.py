@@ -30,10 +30,10 @@ def parse(kind: type[Args], argv: list[str], *, command: str) -> Args:
         if stop.code in (0, None):
             raise
         cause = stop.__context__
-        raise ValueError(str(cause) if isinstance(cause, ValueError) else _sentence(said.getvalue())) from None
+        raise ValueError(str(cause) if isinstance(cause, ValueError) else sentence(said.getvalue())) from None
 
 
-def _sentence(boxed: str) -> str:
+def sentence(boxed: str) -> str:
     """tyro's message without its box and the list of similar flags' help."""
     lines = [line.strip("│ ") for line in boxed.splitlines() if not line.startswith(("╭", "╰"))]
     text = " ".join(line for line in lines if line.strip("─"))

@@ -18,7 +18,7 @@ DROPPED = {
     "image": "images without a row",
     "folder": "folders with images only in their sub-folders",
     "loose": "images beside the folders of the classes",
-    "part": "folders beside train/ and val/",
+    "part": "folders beside those that are read",
     "kind": "files of a kind that is not read",
     "broken": "images that cannot be read",
     "link": "links that are not followed",

@@ -34,10 +34,6 @@ class Fence:
             raise ValueError(f"{path} {reason}")
         return path
 
-    def allows(self, path: Path) -> bool:
-        """Whether `require` lets it pass."""
-        return not self._reason(path)
-
     def require_files(self, folder: Path, names: Iterable[str], what: str) -> None:
         """Raise ValueError unless every name is that of a file in `folder` that has content; none is opened."""
         lacking = [(name, reason) for name in names if (reason := self._flaw(folder / name))]

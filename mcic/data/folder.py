@@ -134,10 +134,12 @@ def read_folder(
     dropped = [entry for _, losses in found for entry in losses]
     if train_root != root and (root / "masks").is_dir():
         dropped.append(Dropped("masks", str(root / "masks"), "expected below train/ and val/"))
-    if train_root != root:
-        known = {*parts, *(root / name for name in _NO_CLASSES)}
-        others = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        dropped += [Dropped("part", str(path)) for path in others if path not in known]
+    known = {*parts, *(root / name for name in _NO_CLASSES)}
+    others = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    beside = others if train_root != root else []  # of class folders none is, nor of a table that finds images anywhere
+    if any((root / name).is_dir() for name in IMAGE_FOLDERS):
+        beside = [path for path in others if path.name.casefold() in ("train", *VAL_FOLDERS)]
+    dropped += [Dropped("part", str(path)) for path in beside if path not in known]
     sides = []
     for part, (photos, _) in zip(parts, found, strict=True):
         kept, losses = readable(photos, num_classes=len(classes))
@@ -219,9 +221,10 @@ def _val_folder(root: Path) -> Path | None:
 
 def _stands_alone(root: Path, val_root: Path, fence: Fence) -> bool:
     """Whether `val/`, beside images and tags right in the root, holds images and tags of its own."""
-    beside = any((root / name).is_dir() for name in IMAGE_FOLDERS) and not (root / "train").is_dir()
-    if not beside or not fence.allows(val_root):
+    train = root / "train"
+    if not any((root / name).is_dir() for name in IMAGE_FOLDERS) or (train.is_dir() and _files(train, fence)[0]):
         return False
+    fence.require(val_root)
     if find_tables(val_root):
         return bool(_files(val_root, fence)[0])
     return bool(_class_folders(val_root, fence)[0])

@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -102,14 +102,15 @@ def read_csv(path: Path) -> list[Row]:
     delimiter = max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        lines, begins = [], 1
+        lines, ends = [], [0]
         for cells in reader:
             lines.append((reader.line_num, [cell.strip() for cell in cells]))
-            begins, ended = reader.line_num + 1, begins
+            ends.append(reader.line_num)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    if lines and _is_open(text, ended, delimiter):
-        raise ValueError(f"{path}, line {ended}: a quote has no end")
+    for begin, end in pairwise(ends):
+        if (end > begin + 1 or end == ends[-1]) and _has_open_quote(text, begin, end, delimiter):
+            raise ValueError(f"{path}, line {begin + 1}: a quote has no end")
     lines = [(number, cells) for number, cells in lines if any(cells)]
     header = lines[0][1] if lines else []
     image = _column(header, IMAGE_KEYS)
@@ -130,13 +131,16 @@ def read_csv(path: Path) -> list[Row]:
             for where, cells in rows]  # fmt: skip
 
 
-def _is_open(text: str, line: int, delimiter: str) -> bool:
-    """Whether the last row of a table, which begins in `line`, ends within quotes."""
-    rest = islice(io.StringIO(text, newline=""), line - 1, None)
+def _has_open_quote(text: str, begin: int, end: int, delimiter: str) -> bool:
+    """Whether a row, the lines `begin` to `end` of a table, has a quote that was meant to end in its first line.
+
+    A quote within a line is what people write, `"5" nail"`; in a row of several lines it is the next row's.
+    """
+    row = islice(io.StringIO(text, newline=""), begin, end)
     try:
-        list(csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True))
+        list(csv.reader(row, delimiter=delimiter, skipinitialspace=True, strict=True))
     except csv.Error as error:
-        return "unexpected end of data" in str(error)
+        return end > begin + 1 or "unexpected end of data" in str(error)
     return False
 
 
