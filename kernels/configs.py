@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels: a table per architecture, measured by `python -m bench tune`, never at run time.
+"""Block sizes of the Triton kernels: tables by architecture, never measured at run time but by `python -m bench.tune`.
 
 `tables/<architecture>.json` maps kernel → element bits ("16", "32") → launch configuration: the kernel's block sizes
 and `num_warps`, `num_stages`. The architecture `interpreter` is Triton's, with small blocks so that loops iterate.

@@ -56,7 +56,7 @@ class AreaTable:
             part.unlink()
 
     def digest(self, image: Path) -> str | None:
-        """What an image's mask was made with, see `_digest`."""
+        """What an image's mask was made with, see `predictions._digests`."""
         rows = self.rows.get(str(image))
         return rows[0]["made_with"] if rows else None
 

@@ -71,10 +71,13 @@ def _facts(config: dict[str, Any], summary: dict[str, Any], description: dict[st
         return [("Training", "not known: it was exported without its run")]
     weights = config.get("model", {}).get("weights", "none")
     start = {"none": "random", "imagenet": _PRETRAINED}.get(weights, f"weights from {Path(weights).name}")
+    run = config.get("run")
+    if isinstance(run, dict) and run.get("init_from"):
+        start = f"those of an earlier training, {Path(run['init_from']).name}"
     facts = {
         "Data": _DATA.get(data.get("name"), str(data.get("name"))),
         "Supervision": _SUPERVISION.get(method.get("supervision", "tags"), str(method.get("supervision"))),
-        "Ground truth used": _ground_truth(config, summary),
+        "Ground truth used": _ground_truth(config, summary, description),
         "Network": f"{description['backbone']}, output stride {description['output_stride']}, "
         f"head {description['segmentation_head']}",
         "Initial weights": start,
@@ -86,9 +89,9 @@ def _facts(config: dict[str, Any], summary: dict[str, Any], description: dict[st
     return [(name, str(value)) for name, value in facts.items()]
 
 
-def _ground_truth(config: dict[str, Any], summary: dict[str, Any]) -> str:
+def _ground_truth(config: dict[str, Any], summary: dict[str, Any], description: dict[str, Any]) -> str:
     """Whether masks drawn by people had a part in it beyond measuring."""
-    used = summary.get("ground_truth_used")
+    used = summary.get("ground_truth_used", description.get("ground_truth_used"))
     if used is None and config:
         used = config.get("method", {}).get("supervision") == "full"
     if used is None:

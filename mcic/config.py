@@ -38,7 +38,7 @@ class DataConfig:
     val_root: str | None = None
     """tars to validate on, as root; unset: val/ beside train/, else a share of the tars"""
     saliency: str = "auto"
-    """auto (geodesic distance to the image border) | none (background from the heatmap) | folder of maps"""
+    """auto (geodesic distance to the image border) | none (background from the heatmap) | folder of <id>.png or .jpg"""
     masks: str | None = None
     """folder that `mcic masks` wrote: the targets of --method.supervision masks"""
     calibration: str | None = None
@@ -277,7 +277,7 @@ class EvalConfig:
     every: int = 0
     """evaluate on val every that many epochs; 0: at the end only"""
     mask_images: int = 400
-    """training images on which M, M' and M'' are measured at the end; 0: none"""
+    """training images on which the masks that the run trains are measured at the end; 0: none"""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "eval.every", "0 or more", self.every)
@@ -295,9 +295,9 @@ class RunConfig:
     backend: Literal["auto", "reference", "triton", "native"] = "auto"
     """who computes the hot path; the environment's MCIC_BACKEND is the default of auto"""
     resume: str = "none"
-    """none | auto (continue what is in run.dir) | path of a checkpoint"""
+    """none | auto (continue what is in run.dir) | path of a checkpoint, of another run into an empty run.dir"""
     init_from: str | None = None
-    """start from the weights of this checkpoint or exported network, with new optimizer and bank"""
+    """start from the weights of this checkpoint or exported network, of the same classes; new optimizer and bank"""
     keep: int = 2
     """newest checkpoints kept, 2 or more; the best on val stays too"""
     checkpoint_every: int = 0

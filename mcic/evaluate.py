@@ -159,7 +159,7 @@ def evaluate_run(
     Args:
         run: the run folder.
         protocol: see `mcic.inference.PROTOCOLS`; None: the run's own.
-        split: `val`: the network and s̃; `train`: the masks M, M', M'' and the control.
+        split: `val`: the network and s̃; `train`: those of M, M', M'' and the control that the run trains.
         device: as `run.device`; None: the run's own.
 
     Returns:

@@ -7,8 +7,9 @@
     predictions.json        the network and the settings that all of them were made with
 
 `areas.csv` also is the memory of which image has which name, and of what its mask was made with (`made_with`, a digest
-of network, settings and tags). An image's old mask goes first, then its rows come, and its mask comes last: a mask in
-`labels/` whose image is in the table is complete and what the rows say. Ranks that torchrun started share the images.
+of network, settings, tags, and size and time of the image's file). An image's old mask goes first, then its rows come,
+and its mask comes last: a mask in `labels/` whose image is in the table is complete and what the rows say. Ranks that
+torchrun started share the images.
 """
 
 from __future__ import annotations
@@ -147,10 +148,11 @@ def tags_of_images(table: Path, images: Sequence[ImageFile]) -> dict[Path, froze
     """The tags of every image from a table in one of the forms of `mcic.data.tags`.
 
     A row names an image by the end of its path, with or without the ending: `sub/x.jpg`, `x.jpg` or `x`; where no
-    row does, by the rules with which training reads tables: case and the image's ending play no part.
+    row does, by the rules with which training reads tables: case and the image's ending play no part. A row that is the
+    end of several paths is of all of them.
 
     Raises:
-        ValueError: the table cannot be read, has no row for an image, or one that may mean several images.
+        ValueError: the table cannot be read, has no row for an image, or one that by the looser rules may mean several.
     """
     if table.suffix not in (".csv", ".tsv", ".json", ".jsonl") or not table.is_file():
         raise ValueError(f"{table} is no table of tags: expected a .csv, .tsv, .json or .jsonl file")
@@ -182,10 +184,11 @@ def predict_files(
 ) -> Outcome:  # fmt: skip
     """Predict images into a folder; the ranks of a process group, if there is one, share them.
 
-    Images that have a mask there and what else is wanted, made from the same file with the same tags, are passed
-    over, so that a call can be repeated after an interruption. Nothing is written over but what an earlier call
-    wrote for the same image: where another file has the name, the new one becomes `<name>-2`. An image that cannot
-    be read is named in a warning and passed over; what was written for it earlier stays.
+    Images that have a mask there and what else is wanted, made from the same file (of an image in a tar: of the same
+    name) with the same tags, are passed over, so that a call can be repeated after an interruption. Nothing is written
+    over but what an earlier call wrote for the same image: where another file has the name, the new one becomes
+    `<name>-2`. An image that cannot be read is named in a warning and passed over; what was written for it earlier
+    stays.
 
     Args:
         images: of `find_images`.

@@ -1,6 +1,7 @@
 """Drawing: masks, heatmaps and labelled grids as uint8 arrays, and the examples that a report shows.
 
-numpy and Pillow only. Pixels are uint8 [H, W, 3] RGB; masks are uint8 [H, W], 0 background, 255 ignore.
+numpy and Pillow only, but for letters beyond ASCII, whose font matplotlib finds. Pixels are uint8 [H, W, 3] RGB; masks
+are uint8 [H, W], 0 background, 255 ignore.
 """
 
 from __future__ import annotations

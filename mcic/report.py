@@ -96,6 +96,8 @@ def _facts(run: RunFolder) -> dict[str, Any]:
 
 def _verdict(summary: dict[str, Any]) -> str:
     cam, control, context = (finite(summary, mask.key) for mask in (CAM, CONTROL, CONTEXT))
+    if context is None and control is not None:
+        return "This run trains no context mask, so that there is no memory to be judged."
     if context is None or cam is None:
         return "The masks were not all measured, so nothing can be said of what the memory adds."
     gain = _compare(context - cam, "the CAM mask")

@@ -25,7 +25,9 @@ def retrain_config(run: Path) -> Config:
     config = load_config(run / "config.yaml")
     start = config.run.init_from if config.model.weights == "none" else None
     if start is not None and not Path(start).is_dir():
-        logger.warning("%s, from which the run began, is gone: the second stage starts from random weights", start)
+        logger.warning(
+            "%s, from which the run began, is gone: a second stage that begins now starts from random weights", start
+        )
         start = None
     return dataclasses.replace(
         config,

@@ -43,7 +43,7 @@ from mcic.data import (
     write_quarantine,
 )
 from mcic.defaults import fill_unset, settle
-from mcic.durable import optional, write_text, write_with
+from mcic.durable import optional, remove, write_text, write_with
 from mcic.evaluate import SMALLER_IMAGES, evaluate_masks, evaluate_network, share_of_rank, summarize
 from mcic.guard import NonFiniteGuard
 from mcic.log import RunLog, environment
@@ -144,9 +144,11 @@ class Trainer:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_with(self.folder / "config.yaml", lambda path: save_config(self.config, path))
             write_quarantine(self.folder, self.data.train.dropped)
-            for name in ("summary.json", "report.html"):  # of a run that goes on: they are of its earlier end
-                (self.folder / name).unlink(missing_ok=True)
+            for name in ("summary.json", "report.html", EXAMPLES):  # of a run that goes on: of its earlier end
+                remove(self.folder / name)
             write_text(self.folder / "env.json", json.dumps(environment(), indent=1))
+            if self.step and self.step % self.loader.steps == 0 and self.epoch_closed:
+                self._save_network()  # the run may have ended between the checkpoint and this
         evaluated = min(self.step if self.epoch_closed else self.step - 1, self.total_steps - 1)
         with (
             self.stop as stop,
@@ -182,7 +184,7 @@ class Trainer:
 
     def _leave(self, log: RunLog) -> NoReturn:
         """End a run that was asked to stop and is saved."""
-        log.message(f"Stopped after step {self.step}; --run.resume auto goes on from there")
+        log.message(f"Stopped after step {self.step}; --run.dir {self.folder} --run.resume auto goes on from there")
         distributed.finish()
         raise Stopped
 
@@ -260,15 +262,15 @@ class Trainer:
             score = scores["val/miou"]
         if rejected_labels(self.device):
             logger.warning("some contexts were not stored: their class is none of the bank's")
-        if distributed.rank() == 0:
-            self._save_network()  # before the epoch is closed: what is left undone then is never made up for
         self._save(log, epoch_closed=True, score=score)
-        if run.previews and distributed.rank() == 0:
-            indices = range(min(run.previews, len(self.data.train)))
-            items = eval_items(self.data.train, self.saliency, indices=indices)
-            path = self.folder / "previews" / f"epoch-{epoch + 1:03d}.png"
-            with optional(path, clear=True):
-                draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
+        if distributed.rank() == 0:
+            self._save_network()
+            if run.previews:
+                indices = range(min(run.previews, len(self.data.train)))
+                items = eval_items(self.data.train, self.saliency, indices=indices)
+                path = self.folder / "previews" / f"epoch-{epoch + 1:03d}.png"
+                with optional(path, clear=True):
+                    draw_previews(path, self.model, self.objective, items, self.data.train, device=self.device)
         distributed.barrier()
 
     def _save(self, log: RunLog, *, epoch_closed: bool, score: float | None = None) -> None:

@@ -174,9 +174,10 @@ def test_the_first_rank_alone_writes_the_settings(model, photos, tmp_path, monke
 
 def test_ranks_that_found_different_images_write_nothing(model, photos, tmp_path, monkeypatch):
     predictor, images = mcic.load(model, device="cpu"), find_images([photos], out=tmp_path)
-    digests = []
-    monkeypatch.setattr(distributed, "from_first", lambda digest: digests.append(digest) or digests[0])
+    said = []  # by rank 0: of its images, then what their masks are made with
+    monkeypatch.setattr(distributed, "from_first", lambda text: said.append(text) or text)
     assert predict_files(predictor, images, tmp_path / "one").predicted == 9
+    monkeypatch.setattr(distributed, "from_first", lambda text: said[0])
     for other in (images[1:], [replace(images[0], name="x"), *images[1:]], images[::-1]):
         with pytest.raises(ValueError, match="the ranks found different images"):
             predict_files(predictor, other, tmp_path / "two")

@@ -136,4 +136,4 @@ def test_a_second_stage_begins_where_the_first_did(tmp_path, caplog):
     assert all(torch.equal(weights[name], tensor) for name, tensor in source.model.network.state_dict().items())
     start.rename(tmp_path / "gone")
     assert retrain_config(tmp_path / "run").run.init_from is None
-    assert "is gone: the second stage starts from random weights" in caplog.text
+    assert "is gone: a second stage that begins now starts from random weights" in caplog.text

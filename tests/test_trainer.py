@@ -401,8 +401,8 @@ def test_a_stop_while_evaluating_is_made_up_for(tmp_path, monkeypatch):
     assert Trainer(again).fit()["val/miou"] is not None
 
 
-def test_the_network_of_the_last_epoch_is_written_before_the_epoch_is_closed(tmp_path, monkeypatch):
-    """Else a run that dies between the two ends with the network of the epoch before."""
+def test_a_run_that_died_between_checkpoint_and_network_writes_the_network(tmp_path, monkeypatch):
+    """Else it would end with that of the epoch before."""
     config = short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 0})
     trainer = Trainer(config)
     monkeypatch.setattr(trainer, "_save_network", lambda: (_ for _ in ()).throw(OSError("disk full")))

@@ -15,9 +15,10 @@ from mcic.cli.parse import parse
 class PredictArgs:
     """Segment images with a trained network.
 
-    Writes labels/ (index PNGs), overlays/ and areas.csv. A call that was interrupted goes on where it stopped. Several
-    processes share the work: torchrun --nproc-per-node N --no-python mcic predict MODEL IMAGES --out DIR. Exit
-    status: 0; 1 if an image was passed over because it cannot be read; 2 if there is nothing to show.
+    Writes labels/ (index PNGs), overlays/ and areas.csv. A call that was interrupted goes on where it stopped;
+    photographs that were replaced, and those that lack a file that is asked for now, are predicted again. Several
+    processes share the work: torchrun --nproc-per-node N --no-python mcic predict MODEL IMAGES --out DIR. Exit status:
+    0; 1 if an image was passed over because it cannot be read; 2 if there is nothing to show.
     """
 
     model: Annotated[Path, tyro.conf.Positional]

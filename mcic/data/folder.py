@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 LAYOUT = (
     "images/ and tags.csv (header image,tags; tags joined by |), tags.json, COCO JSON or VOC Annotations/, or one "
-    "sub-folder of images per class; either directly or under train/ and val/"
+    "sub-folder of images per class; either directly or under train/ and val/, which one table in the root may name"
 )
 
 IMAGE_FOLDERS = ("images", "Images", "JPEGImages")
@@ -113,9 +113,9 @@ def read_folder(
     What cannot be used is left out: see `mcic.data.dropped.DROPPED`. Links may lead out of the folder if
     `follow_links`; otherwise such images are left out, and such folders and tables refused.
 
-    Where one table in the root names images in `train/` and `val/`, these are the sides. Without `val/` about
-    `val_share` (0…1) of the images is held out. Each image's id decides, so that an image stays on its side when
-    others are added.
+    Where all images that one table in the root names lie in `train/` or `val/`, these are the sides; so are `images/`
+    and a `val/` beside it that has images and tags of its own. Without `val/` about `val_share` (0…1) of the images is
+    held out. Each image's id decides, so that an image stays on its side when others are added.
 
     Raises:
         ValueError: the layout is not as expected, a table of tags cannot be read, a tag is not in `classes.txt`, a

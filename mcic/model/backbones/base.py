@@ -20,7 +20,7 @@ class Backbone(nn.Module):
         output_stride: image pixels per feature pixel.
         pretrained: its weights come from a file, so its parameters learn at the small rate.
         fully_connected: of the same file, what a head's layers fc6 and fc7 begin with, see `weights.fully_connected`.
-        surplus: prefixes of the names that its usual weight files hold and it has no use for (classifiers).
+        surplus: prefixes of the names that its usual weight files hold and the features have no use for (classifiers).
     """
 
     surplus: tuple[str, ...] = ()
