@@ -90,7 +90,8 @@ class Trainer:
         self.data = build_data(config.data)
         self.config = config = self._settled()
         self.targets = build_targets(config, self.data.train)
-        self.ground_truth_used = uses_ground_truth(config, self.targets, stored=self.stored)
+        stored = None if self.resumed_from is None else self.stored  # without a checkpoint the run begins anew
+        self.ground_truth_used = uses_ground_truth(config, self.targets, stored=stored)
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
         if self.saliency is not None:
             self.saliency.check(self.data.train)

@@ -11,7 +11,7 @@ from trees import make_coco, make_folder, make_voc
 
 from mcic.checkpoint import checkpoints, load_network, save_network
 from mcic.cli import main
-from mcic.config_io import load_config
+from mcic.config_io import load_config, save_config
 from mcic.data import build_data
 from mcic.evaluate import MASK_NAMES, evaluate_network, evaluate_run
 from mcic.model import NetworkSpec, SegmentationNetwork
@@ -502,3 +502,18 @@ def test_a_start_from_weights_trains_at_the_small_rate(finished, tmp_path):
 def test_masks_are_scored_that_the_run_trained(tmp_path, method, expected):
     summary = Trainer(short(tmp_path / "run", train={"epochs": 1}, method=method)).fit()
     assert {name.removeprefix("train/mask_miou_") for name in summary if "mask_miou" in name} == expected
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished, tmp_path):
+    """With all that it was started from, and what that says of ground truth."""
+    source = tmp_path / "source"
+    shutil.copytree(finished[0] / "checkpoints", source)
+    card = json.loads((source / "network.json").read_text())
+    (source / "network.json").write_text(json.dumps(card | {"ground_truth_used": True}))
+    config = short(tmp_path / "run", run={"init_from": str(source), "resume": "auto"})
+    (tmp_path / "run").mkdir()
+    save_config(config.resolved(), tmp_path / "run" / "config.yaml")
+    trainer = Trainer(config)
+    assert trainer.ground_truth_used
+    network, _ = load_network(source)
+    assert_same(network.state_dict(), trainer.model.network.state_dict())
