@@ -216,7 +216,7 @@ def _val_folder(root: Path) -> Path | None:
     """`val/` or the first other of `VAL_FOLDERS` that is there; one in another case where none is spelt like these."""
     exact = [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
     others = [path for path in sorted(root.iterdir()) if path.name.casefold() in VAL_FOLDERS and path.is_dir()]
-    return next((path for path in exact + others), None)
+    return next(iter(exact + others), None)
 
 
 def _stands_alone(root: Path, val_root: Path, fence: Fence) -> bool:
