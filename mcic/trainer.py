@@ -19,17 +19,15 @@ from mcic import distributed
 from mcic.build import PRECISIONS, build_model, choose_device, in_words, peak_memory, seed_everything
 from mcic.calibrate import apply_calibration
 from mcic.checkpoint import (
-    checkpoints,
     load_checkpoint,
     load_initial,
     load_random_state,
-    newest_good,
     read_state,
     save_checkpoint,
     save_network,
 )
 from mcic.config import Config
-from mcic.config_io import load_config, save_config
+from mcic.config_io import save_config
 from mcic.data import (
     Batch,
     Dataset,
@@ -55,7 +53,7 @@ from mcic.optim import build_optimizer, set_lr
 from mcic.panels import draw_examples, draw_previews
 from mcic.preview import EXAMPLES
 from mcic.report import write_report
-from mcic.runfolder import read_document
+from mcic.resume import claim_folder, find_start
 from mcic.schedule import poly, ramp_up, warm_up
 from mcic.stop import Stopped, StopRequest
 from mcic.supervision import build_targets, uses_ground_truth
@@ -79,18 +77,15 @@ class Trainer:
         self.device = choose_device(config.run.device)
         distributed.initialize(self.device, timedelta(seconds=config.run.rank_timeout))
         self.stop = StopRequest()
-        self.named_by_us = config.run.dir is None
-        self.folder = self._choose_folder()
-        self.summary = self._finished_summary()
-        if self.summary is not None:
+        self.start = find_start(config)
+        self.folder, self.resumed_from = self.start.folder, self.start.checkpoint
+        if self.start.summary is not None:
             return
-        self.resumed_from = self._checkpoint_to_resume()
-        self.stored = self._stored_config()
         seed_everything(config)
         self.data = build_data(config.data)
         self.config = config = self._settled()
         self.targets = build_targets(config, self.data.train)
-        stored = None if self.resumed_from is None else self.stored  # without a checkpoint the run begins anew
+        stored = None if self.resumed_from is None else self.start.config  # without a checkpoint the run begins anew
         self.ground_truth_used = uses_ground_truth(config, self.targets, stored=stored)
         self.saliency = build_saliency(config.data.saliency, cache=config.data.cache)
         if self.saliency is not None:
@@ -134,13 +129,14 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, write the summary and the report; returns the summary."""
-        if self.summary is not None:
+        if self.start.summary is not None:
             logger.warning("%s is finished: nothing is left to do", self.folder)
             distributed.finish()
-            return self.summary
+            return self.start.summary
         run, train, leads = self.config.run, self.config.train, distributed.rank() == 0
-        if self.named_by_us:
-            self._claim_folder()
+        if self.start.named_by_time:
+            self.folder = claim_folder(self.folder)
+            self.config.run.dir, self.guard.folder = str(self.folder), self.folder / "nonfinite"
         if leads:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_with(self.folder / "config.yaml", lambda path: save_config(self.config, path))
@@ -356,55 +352,11 @@ class Trainer:
             f"{self.checkpoint_seconds:.1f} s, {share:.1%} of the time"
         )
 
-    def _choose_folder(self) -> Path:
-        """The run folder; it is made when training starts, so that a mistake leaves nothing behind."""
-        run = self.config.run
-        if run.dir is None:
-            run.dir = distributed.from_first(f"runs/{self.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder = Path(run.dir)
-        if self.named_by_us and run.resume in ("none", "auto"):
-            run.resume = "none"  # whatever is there when training starts, another run made just now
-            return folder
-        source = Path(run.resume) if run.resume not in ("none", "auto") else None
-        own = source is not None and self._is_own(source)
-        if run.resume != "auto" and not own and any(folder.glob("*")):
-            raise ValueError(
-                f"--run.dir {folder} already holds files: continue that run with --run.resume auto, "
-                "or choose another folder"
-            )
-        newer = [path.name for path in checkpoints(folder / "checkpoints") if own and path.name > source.resolve().name]
-        if newer:
-            raise ValueError(
-                f"--run.resume {source} goes back behind {newer[-1]} of the same run: choose another --run.dir, so "
-                "that both ways on stay, or remove the newer checkpoints"
-            )
-        distributed.barrier()  # every rank has looked before the first one writes
-        if run.resume == "auto" and not distributed.same_everywhere(_fingerprint(folder)):
-            raise ValueError(
-                f"--run.dir {folder} is not the same on all machines: to resume, it must lie on a disk that they share"
-            )
-        return folder
-
-    def _claim_folder(self) -> None:
-        """Make the folder whose name is the time, or take another name: runs may start in the same second."""
-        name, number = str(self.folder), 1
-        if distributed.rank() == 0:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-        while distributed.rank() == 0:
-            try:
-                Path(name).mkdir()
-                break
-            except FileExistsError:
-                number += 1
-                name = f"{self.folder}-{number}"
-        self.config.run.dir = distributed.from_first(name)
-        self.folder = Path(self.config.run.dir)
-        self.guard.folder = self.folder / "nonfinite"
-
     def _settled(self) -> Config:
         """The configuration with what it leaves to data and machine; a run that goes on keeps what it had."""
-        config = self.config if self.stored is None else fill_unset(self.config, self.stored)
-        config = apply_calibration(settle(config, self.data.train, self.device), stored=self.stored)
+        stored = self.start.config
+        config = self.config if stored is None else fill_unset(self.config, stored)
+        config = apply_calibration(settle(config, self.data.train, self.device), stored=stored)
         self.data.train.long_side = self.data.val.long_side = config.data.long_side
         return config
 
@@ -416,22 +368,6 @@ class Trainer:
             workers=default_workers(data.workers, self.data.train), targets=self.targets,
             rank=distributed.rank(), world_size=distributed.world_size(),
         )  # fmt: skip
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        resume = self.config.run.resume
-        if resume == "auto":
-            return newest_good(self.folder / "checkpoints")
-        return None if resume == "none" else Path(resume)
-
-    def _stored_config(self) -> Config | None:
-        """Of the run that goes on in its own folder, else None."""
-        path, source = self.folder / "config.yaml", self.resumed_from
-        own = self.config.run.resume == "auto" or (source is not None and self._is_own(source))
-        return load_config(path) if own and path.is_file() else None
-
-    def _is_own(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint lies in this run's folder."""
-        return checkpoint.resolve().parent == (Path(self.config.run.dir) / "checkpoints").resolve()
 
     def _begun_trained(self) -> tuple[str, ...]:
         """Which modules had weights of an earlier training when the run began."""
@@ -463,16 +399,6 @@ class Trainer:
         random_state = load_random_state(path, distributed.rank())
         if random_state is not None:
             torch.set_rng_state(random_state)
-
-    def _finished_summary(self) -> dict[str, Any] | None:
-        """The summary of the run to continue, if it has all the epochs that are asked for."""
-        path = self.folder / "summary.json"
-        if self.config.run.resume != "auto" or not path.is_file():
-            return None
-        summary, epochs = read_document(path, dict), self.config.train.epochs
-        if epochs is None:  # the run keeps what it chose
-            epochs = load_config(self.folder / "config.yaml").train.epochs
-        return summary if summary.get("epochs", 0) >= epochs else None
 
     def _check(self) -> None:
         """What only shows when data, network and ranks are known."""
@@ -509,10 +435,3 @@ class Trainer:
             f"{len(data.train.classes)} classes, {config.model.backbone} on {self.device}, "
             f"{self.total_steps} steps{start} → {self.folder}"
         )
-
-
-def _fingerprint(folder: Path) -> str:
-    """What a run that goes on reads first."""
-    names = [path.name for path in (*folder.glob("*.json"), *checkpoints(folder / "checkpoints"))]
-    config = folder / "config.yaml"
-    return "\n".join([*sorted(names), config.read_text(encoding="utf-8") if config.is_file() else ""])
