@@ -34,7 +34,7 @@ from torch import nn
 
 from mcic import __version__, distributed
 from mcic.areas import AreaTable
-from mcic.data.folder import ImageNames, file_name
+from mcic.data.image_names import ImageNames, file_name
 from mcic.data.names import is_text
 from mcic.data.shards import images_of, names_shards
 from mcic.data.tags import key_of, read_table

@@ -37,7 +37,8 @@ from PIL import Image
 from trees import save_image, scene
 
 from mcic.data.fence import Fence
-from mcic.data.folder import Folder, file_name, read_folder
+from mcic.data.folder import Folder, read_folder
+from mcic.data.image_names import file_name
 from mcic.data.images import read_image
 from mcic.data.palette import voc_palette
 from mcic.data.tags import read_table

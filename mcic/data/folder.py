@@ -6,7 +6,7 @@ import filecmp
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -15,8 +15,9 @@ import numpy as np
 from mcic.data.base import Dataset, Splits
 from mcic.data.dropped import Dropped, describe, require_few
 from mcic.data.fence import Fence
+from mcic.data.image_names import ImageNames, file_name, name_bytes, stem_of
 from mcic.data.images import read_image, read_mask
-from mcic.data.names import check_classes, is_text, tag_matrix
+from mcic.data.names import check_classes, tag_matrix
 from mcic.data.palette import voc_palette
 from mcic.data.photos import Photo, readable
 from mcic.data.tags import Row, find_tables, key_of, nfc, read_table, spelt
@@ -184,7 +185,7 @@ def _held_out(photos: list[Photo], share: float, root: Path) -> list[list[Photo]
 
 def _fraction(text: str) -> float:
     """A number in 0…1 that depends on nothing but the text."""
-    return int.from_bytes(hashlib.blake2b(_bytes(text), digest_size=6).digest()) / 2**48
+    return int.from_bytes(hashlib.blake2b(name_bytes(text), digest_size=6).digest()) / 2**48
 
 
 def _classes(photos: Iterable[Photo], files: Iterable[Path], fence: Fence) -> tuple[str, ...]:
@@ -276,7 +277,7 @@ def _read_tagged(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     dropped += [Dropped("image", str(path)) for key, path in paths.items() if key not in tags]
     dropped += [Dropped("kind", str(path), path.suffix) for path in others]
     dropped += [Dropped("table", str(path), f"{table.name} is read") for path in unread]
-    return [_photo(_stem(key), paths[key], tags[key]) for key in tags], dropped
+    return [_photo(stem_of(key), paths[key], tags[key]) for key in tags], dropped
 
 
 def _matched(rows: Iterable[Row], names: ImageNames) -> tuple[dict[str, set[str]], list[str]]:
@@ -290,49 +291,6 @@ def _matched(rows: Iterable[Row], names: ImageNames) -> tuple[dict[str, set[str]
         else:
             tags.setdefault(key, set()).update(row.tags)
     return tags, lost
-
-
-class ImageNames:
-    """Finds the image that a row means, by the strictest of `RULES` that fits any."""
-
-    RULES: tuple[Callable[[str, str], bool], ...] = (
-        lambda name, key: name == key,
-        lambda name, key: _bare(name) == _bare(key),
-        lambda name, key: _same_end(_bare(name).casefold().split("/"), _bare(key).casefold().split("/")),
-    )
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._by_name: dict[str, list[str]] = defaultdict(list)
-        for key in keys:
-            self._by_name[self._last(key)].append(key)
-
-    def find(self, row: Row) -> str | None:
-        """The key of an image, None if there is none; raises ValueError where several fit equally."""
-        alike = self._by_name.get(self._last(row.image), [])
-        for rule in self.RULES:
-            found = [key for key in alike if rule(row.image, key)]
-            if len(found) > 1:
-                raise ValueError(f"{row.where}: {shown(row.image)!r} may be {found[0]} or {found[1]}: write the whole "
-                                 "path, with its ending")  # fmt: skip
-            if found:
-                return found[0]
-        return None
-
-    @staticmethod
-    def _last(name: str) -> str:
-        return PurePosixPath(_bare(name)).name.casefold()
-
-
-def _bare(name: str) -> str:
-    """A name without the ending of an image, where it has one."""
-    path = PurePosixPath(name)
-    return path.with_suffix("").as_posix() if path.suffix.lower() in readable_suffixes() else name
-
-
-def _same_end(first: list[str], second: list[str]) -> bool:
-    """Whether one path is the end of the other."""
-    length = min(len(first), len(second))
-    return first[-length:] == second[-length:]
 
 
 def _read_class_folders(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
@@ -352,7 +310,7 @@ def _read_class_folders(part: Path, fence: Fence) -> tuple[list[Photo], list[Dro
         files, others, losses = _files(folder, fence)
         dropped += [*losses, *(Dropped("kind", str(path), path.suffix) for path in others)]
         for path in files:
-            photo = _photo(_stem(key_of(path.relative_to(part))), path, {nfc(" ".join(folder.name.split()))})
+            photo = _photo(stem_of(key_of(path.relative_to(part))), path, {nfc(" ".join(folder.name.split()))})
             alike = by_name[path.name]
             for place, other in enumerate(alike):
                 if filecmp.cmp(other.path, path, shallow=False):
@@ -400,7 +358,7 @@ def _with_masks(photos: list[Photo], folder: Path, fence: Fence) -> tuple[list[P
     """The photos with their masks: found by path, by id, or by the bare file name where only one photo has it."""
     found, dropped = fence.files(folder) if folder.is_dir() else ([], [])
     files = [path for path in found if path.suffix.lower() == ".png"]
-    masks = {_stem(key_of(path.relative_to(folder))): path for path in files}
+    masks = {stem_of(key_of(path.relative_to(folder))): path for path in files}
     bare = Counter(PurePosixPath(photo.name).name for photo in photos)
 
     def mask(photo: Photo) -> Path | None:
@@ -415,21 +373,3 @@ def _with_masks(photos: list[Photo], folder: Path, fence: Fence) -> tuple[list[P
 
 def _photo(name: str, path: Path, tags: Iterable[str]) -> Photo:
     return Photo(file_name(name), name, path, frozenset(tags))
-
-
-def file_name(name: str) -> str:
-    """The name as that of one file: of at most 200 bytes, so that an ending fits behind it, and text in UTF-8."""
-    flat = name.replace("/", "__")
-    if len(_bytes(flat)) <= 200 and is_text(flat):
-        return flat
-    start = "".join(filter(is_text, _bytes(flat)[:180].decode(errors="ignore")))
-    return f"{start}-{hashlib.blake2b(_bytes(name), digest_size=6).hexdigest()}"
-
-
-def _bytes(text: str) -> bytes:
-    """Also of a file name that is no text in UTF-8."""
-    return text.encode(errors="surrogateescape")
-
-
-def _stem(key: str) -> str:
-    return PurePosixPath(key).with_suffix("").as_posix()
