@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one go: build, tests, compute-sanitizer, benches, and a short table.
 
-    python -m bench.gpu [--only build,tests,kernels,memcheck,racecheck,initcheck,ops,step,tune] [--minutes 9]
+    python -m bench.gpu [--only build,tests,kernels,memcheck,racecheck,initcheck,ops,step,tune] [--minutes 90]
 
 Every stage runs whatever became of those before it, and within its own share of the time that is left. A machine that
 forgets everything between two calls needs `build` in each. Results go to bench/results/, logs to bench/results/logs;
@@ -69,7 +69,7 @@ def main() -> int:
     """Run the stages; 0 where all of them succeeded."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default=",".join(DEFAULT), help="stages, joined by commas")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--minutes", type=float, default=90.0, help="for everything together")
     options = parser.parse_args()
     known = {stage.name: stage for stage in STAGES}
     unknown = set(options.only.split(",")) - set(known)

@@ -172,7 +172,7 @@ def _is_export(folder: Path) -> bool:
 def _formats(formats: Sequence[str] | None) -> list[str]:
     """The formats in the order of `FORMATS`."""
     missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
-    needed = f"the ONNX format needs {', '.join(missing)}: pip install 'mcic[export]'"
+    needed = f"the ONNX format needs {', '.join(missing)}: pip install {' '.join(missing)}"
     if formats is None and missing:
         log.info("left out: %s", needed)
         return ["safetensors", "torch"]

@@ -15,7 +15,7 @@ from mcic.cli.parse import parse, run_folder
 class CalibrateArgs:
     """Choose the CAM mask's threshold for a run's images; without --masks no ground truth is looked at."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """the run's folder; calibration.json is written there"""
     masks: Path | None = None
     """folder of index PNGs, named by image id, of a few annotated training images: they choose instead"""

@@ -40,7 +40,7 @@ class DoctorArgs:
     Exit status: 0 clean; 1 something is left out or deserves a look; 2 training would fail.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """the folder, as for --data.root"""
     json: str | None = None
     """write the findings, with all names, to this .json file; - prints them instead of the page"""

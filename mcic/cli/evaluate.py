@@ -15,7 +15,7 @@ from mcic.cli.parse import parse, run_folder, score_rows
 class EvaluateArgs:
     """Score the network of a run."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """the run's folder"""
     protocol: Literal["single", "voc", "authors"] | None = None
     """single: one scale | voc: 0.75/1/1.25 and flip | authors: those, mean of mean and maximum; None: as the run"""

@@ -18,7 +18,7 @@ class ExportArgs:
     Each file is read back and compared with the network on real images; nothing is written where one differs.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """a run folder"""
     out: Path
     """folder for the files"""

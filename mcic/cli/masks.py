@@ -20,7 +20,7 @@ class MasksArgs:
     masks RUN.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """the run's folder"""
     out: Path | None = None
     """folder for the masks; None: masks in the run's folder"""

@@ -21,9 +21,9 @@ class PredictArgs:
     0; 1 if an image was passed over because it cannot be read; 2 if there is nothing to show.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """a run folder, or one that mcic export wrote"""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """files, folders (with their sub-folders), patterns such as 'photos/**/*.jpg', tars such as 'shards/*.tar'"""
     out: Path
     """folder for the results"""

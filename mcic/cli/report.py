@@ -15,7 +15,7 @@ from mcic.cli.parse import parse, run_folder
 class ReportArgs:
     """Write the page of a run, or one that compares several runs, from what is in their folders."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
     """folder of the run; several are compared, the others with the first"""
     out: Path | None = None
     """the page; None: report.html in the run's folder, comparison.html here for several runs"""

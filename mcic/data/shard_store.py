@@ -221,7 +221,7 @@ def _opener() -> Callable[[str], Any]:
     try:
         from webdataset.gopen import gopen
     except ImportError as error:
-        raise ValueError("shards behind a command or a URL need webdataset: pip install 'mcic[webdataset]'") from error
+        raise ValueError("shards behind a command or a URL need webdataset: pip install webdataset") from error
     return gopen
 
 

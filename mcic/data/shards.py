@@ -211,8 +211,8 @@ def shards_of(root: str) -> list[str]:
         try:
             from braceexpand import braceexpand
         except ImportError as error:
-            raise ValueError("{…} and :: in a list of shards need webdataset: pip install 'mcic[webdataset]'; or name "
-                             "their folder, or a pattern with *") from error  # fmt: skip
+            raise ValueError("{…} and :: in a list of shards need webdataset (pip install webdataset), or name their "
+                             "folder, or a pattern with *") from error  # fmt: skip
         specs = [each for part in root.split("::") for each in braceexpand(part)]
     found: dict[str, None] = {}
     for spec in specs:
