@@ -50,6 +50,7 @@ class BuildNative(Build):
         super().finalize_options()
         if torch is not None:  # one place for every kind of installation, so that the next one finds the objects
             self.build_temp = f"build/native-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        self.force = True  # other settings make another extension of the same sources
 
     def run(self) -> None:
         self.missing = {}
@@ -80,7 +81,7 @@ class BuildNative(Build):
         if torch is None:
             raise CannotBuildError(
                 f"PyTorch cannot be imported while building ({without_torch}); "
-                "install it first, then use pip install --no-build-isolation"
+                "install it first, then use pip install --no-build-isolation -e ."
             )
         compiler = cpp_extension.get_cxx_compiler()
         if shutil.which(shlex.split(compiler)[0]) is None:
@@ -133,6 +134,8 @@ class BuildNative(Build):
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None and not home and cpp_extension.CUDA_HOME:  # where toolkits mostly are
+        nvcc = shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin")
     if nvcc is None:
         raise CannotBuildError(
             f"no nvcc {f'in CUDA_HOME={home}' if home else 'on PATH'}: install the CUDA toolkit, "

@@ -51,7 +51,7 @@ def build_info() -> BuildInfo:
     extension, reason = load()
     record = _record()
     if extension is None:
-        return BuildInfo(record.get("version"), missing={"cpu": reason, "cuda": _missing("cuda")})
+        return BuildInfo(record.get("version"), missing={"cpu": reason, "cuda": _missing("cuda", reason)})
     missing = {} if extension.cuda else {"cuda": _missing("cuda")}
     architectures = tuple(extension.architectures.split()) if extension.cuda else ()
     return BuildInfo(
@@ -106,7 +106,8 @@ def _record() -> dict:
     return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
 
 
-def _missing(part: str) -> str:
-    """Why a part is not there, as the build saw it."""
-    reason = _record().get("missing", {}).get(part)
-    return reason or "it was not built: pip install --no-build-isolation . in a checkout, with a C++ compiler"
+def _missing(part: str, reason: str = "") -> str:
+    """Why a part is not there, as the build saw it; where it saw nothing, `reason`."""
+    return _record().get("missing", {}).get(part) or reason or (
+        "it was not built: pip install --no-build-isolation -e . in the checkout, with a C++ compiler"
+    )
