@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mcic import __version__
-from mcic.durable import new_folder, write_text, write_with
+from mcic.durable import new_folder, restore_folder, write_text, write_with
 from mcic.model import MCIC, NetworkSpec, SegmentationNetwork
 from mcic.optim import STATE_NAMES
 
@@ -86,6 +86,8 @@ def newest_good(folder: Path) -> Path | None:
     Raises:
         ValueError: there are checkpoints and none is whole; names what is wrong with the newest.
     """
+    for path in folder.glob(".step-*.old.partial"):
+        restore_folder(folder / path.name.removeprefix(".").removesuffix(".old.partial"))
     found, problems = checkpoints(folder), []
     for path in reversed(found):
         try:
@@ -269,9 +271,15 @@ def load_initial(model: MCIC, path: Path, *, classes: Sequence[str]) -> None:
     # What only the method's training has, and this model has not: full supervision, the second stage.
     parts = tuple(f"{part}." for part in ("propagation", "ema") if not any(name.startswith(part) for name in own))
     shapes = {name: shape for name, shape in _shapes(weights).items() if not name.startswith(("memory.", *parts))}
-    _check_fit(shapes, model, source=path, but=bank)
+    kept = set(bank)
+    begins_average = model.ema is not None and not any(name.startswith("ema.") for name in shapes)
+    if begins_average:
+        kept |= {name for name in own if name.startswith("ema.")}
+    _check_fit(shapes, model, source=path, but=kept)
     stored = load_file(weights)
-    model.load_state_dict({name: own[name] if name in bank else stored[name] for name in own})
+    model.load_state_dict({name: own[name] if name in kept else stored[name] for name in own})
+    if begins_average:
+        model.ema.load_state_dict(model.network.state_dict())
 
 
 def save_network(

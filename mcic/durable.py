@@ -69,10 +69,11 @@ def optional(path: Path, *, clear: bool = False) -> Iterator[None]:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which appears as `target` when all in it is on the disk; after an error nothing is left.
 
-    A `target` that was there is replaced. The folder that it lies in must be there: one that was removed while a run
-    went on does not come back with a part of what was in it.
+    A `target` that was there is replaced; a kill meanwhile leaves it as `.<name>.old.partial`, and `restore_folder`
+    puts it back. The folder that it lies in must be there: one that was removed while a run went on does not come back
+    with a part of what was in it.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}.{ending}") for ending in ("partial", "old.partial"))
     remove(partial)
     try:
         partial.mkdir()
@@ -80,12 +81,23 @@ def new_folder(target: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             sync(path)
         sync(partial)
-        remove(target)
+        if target.exists():
+            remove(old)
+            os.replace(target, old)
         os.replace(partial, target)
     except BaseException:
+        restore_folder(target)
         remove(partial)
         raise
     sync(target.parent)
+    remove(old)
+
+
+def restore_folder(target: Path) -> None:
+    """Give a folder its name again that `new_folder` was about to replace when it was killed."""
+    with contextlib.suppress(OSError):  # of two that do it one comes second; another has only the right to read
+        if not target.exists():
+            os.replace(target.with_name(f".{target.name}.old.partial"), target)
 
 
 def remove(path: Path) -> None:

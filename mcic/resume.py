@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mcic import distributed
-from mcic.checkpoint import checkpoints, newest_good
+from mcic.checkpoint import MANIFEST, checkpoints, newest_good
 from mcic.config import Config, RunConfig
 from mcic.config_io import load_config
 from mcic.runfolder import read_document
@@ -55,9 +56,28 @@ def find_start(config: Config) -> Start:
     if summary is not None:
         return Start(folder, summary=summary)
     checkpoint = newest_good(folder / "checkpoints") if run.resume == "auto" else source
+    if not distributed.same_everywhere(_identity(checkpoint)):
+        raise ValueError(
+            f"the checkpoint to go on from, {source or folder}, is not the same on all ranks: a machine cannot "
+            "read it, or has another there"
+        )
     path = folder / "config.yaml"
     stored = load_config(path) if (own or run.resume == "auto") and path.is_file() else None
     return Start(folder, named_by_time, checkpoint, stored)
+
+
+def changes(before: Config, now: Config) -> list[str]:
+    """The settings of a run that goes on which decide over its numbers and are not as they were, as flags."""
+    fields = [
+        (group.name, field.name)
+        for group in dataclasses.fields(Config)
+        if group.name != "run" and dataclasses.is_dataclass(getattr(now, group.name))
+        for field in dataclasses.fields(getattr(now, group.name))
+        if field.name not in ("workers", "cache")
+    ]
+    values = ((f"{group}.{name}", *(getattr(getattr(each, group), name) for each in (now, before)))
+              for group, name in fields)  # fmt: skip
+    return [f"--{name.replace('_', '-')} {new} (was {old})" for name, new, old in values if new != old]
 
 
 def claim_folder(folder: Path) -> Path:
@@ -101,6 +121,14 @@ def _fingerprint(folder: Path) -> str:
     names = [path.name for path in (*folder.glob("*.json"), *checkpoints(folder / "checkpoints"))]
     config = folder / "config.yaml"
     return "\n".join([*sorted(names), config.read_text(encoding="utf-8") if config.is_file() else ""])
+
+
+def _identity(checkpoint: Path | None) -> str:
+    """Its name and the digests of its files."""
+    if checkpoint is None:
+        return ""
+    manifest = checkpoint / MANIFEST
+    return f"{checkpoint.name} {manifest.read_text(encoding='utf-8') if manifest.is_file() else ''}"
 
 
 def _finished_summary(folder: Path, config: Config) -> dict[str, Any] | None:

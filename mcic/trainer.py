@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,7 +54,7 @@ from mcic.optim import build_optimizer, set_lr
 from mcic.panels import draw_examples, draw_previews
 from mcic.preview import EXAMPLES
 from mcic.report import write_report
-from mcic.resume import claim_folder, find_start
+from mcic.resume import changes, claim_folder, find_start
 from mcic.schedule import poly, ramp_up, warm_up
 from mcic.stop import Stopped, StopRequest
 from mcic.supervision import build_targets, uses_ground_truth
@@ -181,7 +182,10 @@ class Trainer:
 
     def _leave(self, log: RunLog) -> NoReturn:
         """End a run that was asked to stop and is saved."""
-        log.message(f"Stopped after step {self.step}; --run.dir {self.folder} --run.resume auto goes on from there")
+        log.message(
+            f"Stopped after step {self.step}; the same command with --run.dir {self.folder} --run.resume auto goes on "
+            "from there"
+        )
         distributed.finish()
         raise Stopped
 
@@ -281,6 +285,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(), "epoch_closed": epoch_closed, "streak": self.guard.streak,
                 "score": score, "classes": list(self.data.train.classes), "world_size": distributed.world_size(),
                 "ground_truth_used": self.ground_truth_used, "trained": self.model.trained,
+                "steps_per_epoch": self.loader.steps, "images": _digest(self.data.train.ids),
             }  # fmt: skip
             save_checkpoint(
                 self.folder / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer, state=state,
@@ -356,7 +361,10 @@ class Trainer:
         """The configuration with what it leaves to data and machine; a run that goes on keeps what it had."""
         stored = self.start.config
         config = self.config if stored is None else fill_unset(self.config, stored)
-        config = apply_calibration(settle(config, self.data.train, self.device), stored=stored)
+        config = settle(config, self.data.train, self.device)
+        config = apply_calibration(config, stored=None if self.resumed_from is None else stored)
+        if self.resumed_from is not None and stored is not None and (changed := changes(stored, config)):
+            logger.info("This run goes on with other settings: %s", ", ".join(changed))
         self.data.train.long_side = self.data.val.long_side = config.data.long_side
         return config
 
@@ -382,6 +390,7 @@ class Trainer:
             if run.init_from is not None:
                 load_initial(self.model, Path(run.init_from), classes=classes)
             return
+        self._check_images(path, read_state(path))
         state = load_checkpoint(path, model=self.model, optimizer=self.optimizer, classes=classes)
         self.step, self.epoch_closed, self.guard.streak = state["step"], state["epoch_closed"], state["streak"]
         self.meter.seconds = state["seconds"]
@@ -399,6 +408,22 @@ class Trainer:
         random_state = load_random_state(path, distributed.rank())
         if random_state is not None:
             torch.set_rng_state(random_state)
+
+    def _check_images(self, path: Path, state: dict[str, Any]) -> None:
+        """Whether the run that goes on has the epochs, and the images, that it had."""
+        steps = state.get("steps_per_epoch", self.loader.steps)
+        if steps != self.loader.steps:
+            raise ValueError(
+                f"{path} is of a run with {steps} steps an epoch, now there are {self.loader.steps}: to go on, images "
+                f"and --train.batch-size must be as they were; a new run can begin with its weights, --run.init-from "
+                f"{path}"
+            )
+        images = _digest(self.data.train.ids)
+        if state.get("images", images) != images:
+            logger.warning(
+                "the training images are not those of %s: the run goes on with those that are there now, and what its "
+                "memory holds may be named after others", path,
+            )  # fmt: skip
 
     def _check(self) -> None:
         """What only shows when data, network and ranks are known."""
@@ -435,3 +460,8 @@ class Trainer:
             f"{len(data.train.classes)} classes, {config.model.backbone} on {self.device}, "
             f"{self.total_steps} steps{start} → {self.folder}"
         )
+
+
+def _digest(ids: Sequence[str]) -> str:
+    """Of the images and their order."""
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16]

@@ -214,3 +214,27 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch, write):
         write(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("survives", [True, False])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, parts, monkeypatch, survives):
+    """The same step is saved again with the score that it lacked; nothing between two system calls may cost it."""
+    first = save(tmp_path, parts, 4)
+    replace = os.replace
+
+    def die(source, target):
+        if target == first and ".old." not in source.name:
+            monkeypatch.setattr(durable, "restore_folder", durable.restore_folder if survives else lambda path: None)
+            monkeypatch.setattr(durable, "remove", lambda path: None)  # a killed process tidies nothing
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, parts, 4, score=50.0)
+    monkeypatch.undo()
+    assert (first in checkpoints(tmp_path)) == survives
+    assert newest_good(tmp_path) == first
+    verify_checkpoint(first)
+    second = save(tmp_path, parts, 4, score=50.0)
+    assert [path.name for path in tmp_path.iterdir()] == [second.name]

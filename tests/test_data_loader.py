@@ -1,6 +1,7 @@
 """Order, shares and determinism of the loaders."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from trees import scene
 from mcic.data import EvalItem, GroundTruth, SavedMasks, TrainLoader, default_workers, eval_items
 from mcic.data.base import Dataset
 from mcic.data.palette import voc_palette
+from mcic.stop import StopRequest
 
 
 class Scenes(Dataset):
@@ -72,6 +74,17 @@ def test_an_epoch_shows_every_image_once_and_drops_the_rest():
         assert indices != sorted(indices)
     orders = {tuple(torch.cat([batch.indices for batch in train.epoch(e)]).tolist()) for e in (0, 1, 2, 0)}
     assert len(orders) == 3
+
+
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+def test_workers_do_not_hear_what_asks_the_run_to_stop(number):
+    """torchrun, systemd and a terminal signal all processes of a run, which needs the batches of the step it is in."""
+    train = loader(workers=1)
+    batches = train.epoch(0)
+    first = next(batches)
+    for worker in train._batches._iterator._workers:
+        os.kill(worker.pid, number)
+    assert all(same(*pair) for pair in zip([first, *batches], loader().epoch(0), strict=True))
 
 
 def test_the_number_of_workers_changes_nothing():

@@ -517,3 +517,58 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(finished,
     assert trainer.ground_truth_used
     network, _ = load_network(source)
     assert_same(network.state_dict(), trainer.model.network.state_dict())
+
+
+def test_a_run_goes_on_with_its_epochs_only(tmp_path, caplog):
+    Trainer(short(tmp_path / "run", train={"epochs": 1})).fit()
+    steps = metrics(tmp_path / "run")[-1]["step"]
+    with pytest.raises(ValueError, match=rf"{steps} steps an epoch, now there are {2 * steps}.*--run.init-from"):
+        Trainer(short(tmp_path / "run", train={"epochs": 3, "batch_size": 2}, run={"resume": "auto"}))
+    with caplog.at_level("INFO", "mcic"):
+        Trainer(short(tmp_path / "run", train={"epochs": 2, "lr": 0.5}, run={"resume": "auto"}))
+    said = [message for message in caplog.messages if "goes on with other settings" in message][-1]
+    assert "--train.lr 0.5 (was" in said
+    assert "--train.epochs 2 (was 1)" in said
+    assert "--run" not in said
+
+
+def test_a_run_whose_images_were_exchanged_says_so(tmp_path, caplog):
+    root = make_folder(tmp_path / "data")
+    changes = {
+        "data": {"root": str(root), "train_images": None, "val_images": None}, "train": {"size": 33, "epochs": 1},
+        "model": {"backbone": "tiny", "weights": "none"}, "eval": {"mask_images": 0},
+    }  # fmt: skip
+    Trainer(short(tmp_path / "run", "folder", **changes)).fit()
+    changes["train"]["epochs"], changes["run"] = 2, {"resume": "auto"}
+    Trainer(short(tmp_path / "run", "folder", **changes))
+    assert "are not those of" not in caplog.text
+    table = next(root.rglob("tags.csv"))
+    image = next(path for path in sorted((table.parent / "images").iterdir()))
+    image.rename(image.with_stem("another"))
+    table.write_text(table.read_text().replace(image.stem, "another"))
+    Trainer(short(tmp_path / "run", "folder", **changes))
+    assert "the training images are not those of" in caplog.text
+
+
+def test_an_average_begins_with_the_weights_of_a_checkpoint_that_has_none(finished, tmp_path):
+    folder, _ = finished
+    start = {"run": {"init_from": str(checkpoints(folder / "checkpoints")[-1])}, "method": {"ema_momentum": 0.99}}
+    model = Trainer(short(tmp_path / "new", **start)).model
+    assert_same(model.ema.state_dict(), model.network.state_dict())
+
+
+def test_a_run_that_begins_anew_reads_its_calibration_anew(tmp_path):
+    """Its threshold and what it says of ground truth are of one file."""
+    file = tmp_path / "calibration.json"
+    changes = {"data": {"calibration": str(file)}, "run": {"resume": "auto"}, "train": {"epochs": 1}}
+
+    def calibrated(chosen, *, ground_truth_used):
+        entries = {"field": "background_power", "chosen": chosen, "ground_truth_used": ground_truth_used}
+        file.write_text(json.dumps(entries))
+        return Trainer(short(tmp_path / "run", **changes))
+
+    killed = calibrated(3.0, ground_truth_used=True)
+    (tmp_path / "run").mkdir()
+    save_config(killed.config, tmp_path / "run" / "config.yaml")
+    begun = calibrated(0.5, ground_truth_used=False)
+    assert (begun.config.method.background_power, begun.ground_truth_used) == (0.5, False)

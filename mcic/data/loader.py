@@ -7,6 +7,7 @@ ranks nor a resume changes it.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from mcic.data.images import normalize
 from mcic.data.saliency import SaliencySource
 from mcic.data.targets import GroundTruth, Targets
 from mcic.data.transforms import BILINEAR, NEAREST, Augment, fitted
+from mcic.stop import StopRequest
 
 
 def default_workers(requested: int | None, dataset: Dataset) -> int:
@@ -280,7 +282,7 @@ def _loader(dataset: TorchDataset[Any], order: Any, workers: int, *, keep_worker
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_settle_worker,
         persistent_workers=keep_workers and workers > 0,
     )
 
@@ -289,8 +291,12 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def _one_thread(_worker: int) -> None:
+def _settle_worker(_worker: int) -> None:
+    """One thread, and deaf to what asks a run to stop, which may come to all its processes; the run
+    still needs the batches of its step, and ends its workers itself."""
     torch.set_num_threads(1)
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, slots=True)
