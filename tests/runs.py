@@ -40,7 +40,10 @@ def golden_run(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         config = short(
-            folder, data={"train_images": 24}, train={"epochs": 4, "batch_size": 8}, method={"pool_threshold": 0.3}
+            folder,
+            data={"train_images": 24},
+            train={"epochs": 4, "batch_size": 8},
+            method={"pool_threshold": 0.3, "ramp_epochs": 1.0, "entropy_weight": 0.3},
         )
         summary = Trainer(config).fit()
     finally:

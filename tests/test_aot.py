@@ -62,7 +62,8 @@ import tempfile
 from bench import tune
 from mcic.kernels import configs
 
-configs.TABLES = Path(tempfile.mkdtemp())
+folder = tempfile.TemporaryDirectory()
+configs.TABLES = Path(folder.name)
 kernel, old = "class_pool_fwd_winners_kernel", {"BLOCK_N": 128, "num_warps": 4}
 configs.store("sm_90", kernel, "16", old)
 for best, dry_run in ((0.98, False), (0.5, True), (0.5, False)):

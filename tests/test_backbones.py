@@ -17,6 +17,7 @@ from mcic.model.backbones.base import Stage, plan_stages
 from mcic.model.backbones.layers import FrozenBatchNorm2d, conv_norm
 from mcic.model.backbones.tiny import Tiny
 from mcic.model.backbones.weights import IMAGENET_MEAN, IMAGENET_STD, fully_connected
+from mcic.model.heads import classification_head, segmentation_head
 from mcic.model.network import MCIC, NetworkSpec
 from mcic.optim import build_optimizer
 
@@ -366,3 +367,17 @@ def test_heads_of_vgg_begin_with_the_files_fc6_and_fc7(tmp_path, head):
         assert [rates[id(branch[place].weight)] for place in (0, 3, 6)] == [1.0, 1.0, 10.0]
     fresh = MCIC(spec, classification="deep", bank=False)
     assert fresh.trained == ()
+
+
+def test_heads_dilate_as_deeplab():
+    def rates(head):
+        return [m.dilation[0] for m in head.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+
+    for stride, lfov, aspp in ((8, [12], [6, 12, 18, 24]), (16, [6], [3, 6, 9, 12])):
+        for hidden in (64, None):
+            made = [segmentation_head(kind, 16, 4, output_stride=stride, hidden=hidden) for kind in ("lfov", "aspp")]
+            assert list(map(rates, made)) == [lfov, aspp]
+    for hidden in (8, None):
+        assert rates(classification_head("deep", 16, 3, hidden=hidden)) == [1]
+    features, aspp = torch.randn(1, 16, 9, 9), segmentation_head("aspp", 16, 4, output_stride=8, hidden=None)
+    torch.testing.assert_close(aspp(features), torch.stack([branch(features) for branch in aspp.branches]).sum(0))

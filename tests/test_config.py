@@ -7,6 +7,7 @@ import pytest
 
 from mcic.config import Config, DataConfig, EvalConfig, MethodConfig, RunConfig, TrainConfig
 from mcic.config_io import config_from_dict, load_config, save_config
+from mcic.model.propagation import Propagation
 from mcic.presets import PRESETS, preset
 
 UNUSUAL = Config(
@@ -48,6 +49,27 @@ def test_paper_presets():
     assert (coco.model.segmentation_head, coco.train.size, coco.model.weights) == ("aspp", 417, "imagenet")
     assert vgg.method == coco.method == MethodConfig()
     assert (vgg.train.lr, vgg.train.epochs, vgg.train.batch_size, vgg.train.scale) == (1e-3, 20, 16, (0.5, 1.5))
+
+
+def test_defaults_are_those_of_the_paper():
+    method, train = MethodConfig(), TrainConfig()
+    assert (method.cam_threshold, method.pool_threshold, method.slots, method.heads) == (0.1, 0.5, 64, 1)
+    assert (method.temperature, method.ramp_epochs, method.attention_threshold) == (None, 5.0, 0.0)
+    assert Propagation(16).scale == 1 / 4  # τ = √D
+    assert (train.lr, train.new_layer_lr, train.momentum, train.weight_decay) == (1e-3, 10, 0.9, 5e-4)
+    assert (train.lr_power, train.epochs, train.batch_size, train.size) == (0.9, 20, 16, 321)
+    assert (train.scale, train.flip, train.optimizer) == ((0.5, 1.5), True, "sgd")
+    assert (train.warmup_steps, train.color_jitter) == (0, 0.0)
+
+
+def test_each_set_of_rules_is_whole():
+    authors, paper = Config(method=MethodConfig(rules="authors")).resolved(), Config().resolved()
+    names = ("ramp_power", "cam_floor", "entropy_weight", "saliency_weight", "merge_rule", "confidence_rule",
+             "classification_rule", "cam_background", "context_background", "padding_rule")  # fmt: skip
+    assert [getattr(authors.method, name) for name in names] == [2, 0.6, 0.0, 0.5, *["authors"] * 6]
+    assert [getattr(paper.method, name) for name in names] == [1, 1.0, 1.0, 0.5, *["paper"] * 6]
+    assert (authors.train.lr_schedule, authors.model.classification_head) == ("epoch", "deep")
+    assert (paper.train.lr_schedule, paper.model.classification_head) == ("step", "linear")
 
 
 def test_unknown_preset_suggests_the_nearest():

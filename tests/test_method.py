@@ -4,16 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from mcic.kernels import class_pool
 from torch import nn
 
 from mcic.build import build_model
 from mcic.config import MethodConfig, ModelConfig
 from mcic.data import Batch
+from mcic.losses import classification_loss
 from mcic.model import Contexts
 from mcic.model.propagation import Propagation, dropout_mask
 from mcic.objective import Objective, push, sample_grid
 from mcic.optim import build_optimizer
-from mcic.pseudo import IGNORE, cam_mask
+from mcic.pseudo import IGNORE, cam_mask, context_mask, with_background
 
 L, SIZE = 3, 33
 
@@ -176,6 +178,7 @@ def test_self_read_decides_when_contexts_enter(self_read):
     out = objective(model, make_batch(), RAMP)
     assert (out.contexts is None) == self_read
     assert bool(model.memory.counts.any()) == self_read
+    assert (out.terms["message_norm"] > 0) == self_read  # it read what it had just stored, or an empty bank
 
 
 def test_pixel_bank_stores_every_confident_pixel():
@@ -259,6 +262,63 @@ def test_with_an_empty_bank_nothing_is_added():
     augmented = model.read(prediction, batch.tags)
     assert not augmented.update.any()
     torch.testing.assert_close(augmented.logits, prediction.logits)
+
+
+@pytest.mark.parametrize("slots", [2, 40])  # both ways to absorb the projections
+def test_an_image_that_may_read_nothing_keeps_its_features_beside_one_that_reads(slots):
+    module = Propagation(8).eval()
+    nn.init.ones_(module.norm.bias)
+    entries, counts = torch.randn(3, slots, 8), torch.tensor([0, slots, 0], dtype=torch.int32)
+    classes = torch.tensor([[True, True, False], [True, False, True]])
+    reading = module(torch.randn(2, 8, 3, 3), entries, counts, classes)
+    assert reading.update[0].any()
+    assert not reading.update[1].any()
+    assert not reading.entropy[1].any()
+
+
+def test_temperature_and_threshold_reach_the_attention():
+    for method, scale in (({"temperature": 2.0}, 0.5), ({}, 64**-0.5), ({"heads": 4}, 16**-0.5)):
+        model, _ = make(attention_threshold=0.7, **method)
+        assert model.propagation.scale == pytest.approx(scale)
+        assert model.propagation.threshold == 0.7
+
+
+def test_crop_padding_supervises_under_the_authors_rules_alone():
+    for rules, ignored in (("paper", True), ("authors", False)):
+        _, objective = make(rules=rules, context="none")
+        batch = make_batch()
+        batch.valid[:, :, 20:] = False
+        assert objective._valid(batch, torch.zeros(2, 3, 9, 9)).all() != ignored
+
+
+def test_the_control_makes_its_context_mask_from_s():
+    model, objective = make(context="self")
+    batch = make_batch()
+    prediction = model(batch.images)
+    masks = objective.masks(prediction, None, batch.tags, batch.saliency, None, batch.images)
+    assert torch.equal(masks.context, context_mask(prediction.logits, batch.tags, None, threshold=0.1))
+
+
+def test_padded_pixels_count_in_no_mean():
+    """E1, E4 and E8, against the same of the columns that are inside."""
+    model, objective = make(masks=("cam",), pool_threshold=0.0)
+    model.eval()
+    fill(model)
+    batch = make_batch()
+    batch.valid[:, :, SIZE // 2 + 2 :] = False  # five of nine columns of features are inside
+    prediction, half = model(batch.images), slice(0, 5)
+    inside = torch.zeros(2, 9, 9, dtype=torch.bool)
+    inside[:, :, half] = True
+    assert torch.equal(objective._valid(batch, prediction.features), inside)
+    rows = model.pool(batch.images, prediction, batch.tags, inside, batch.indices)
+    confidence = prediction.logits[..., half].softmax(1)
+    expected, _, _ = class_pool(prediction.features[..., half], confidence, with_background(batch.tags), threshold=0.0)
+    torch.testing.assert_close(rows.vectors, expected.flatten(0, 1).detach())
+    terms = objective(model, batch, RAMP).terms
+    classification = classification_loss(prediction.heatmap[..., half], batch.tags)
+    torch.testing.assert_close(terms["loss/classification"], classification.detach())
+    entropy = model.read(prediction, batch.tags).entropy.view(2, 9, 9)  # the bank is as the step left it
+    torch.testing.assert_close(terms["loss/entropy"], entropy[..., half].mean().detach())
 
 
 def test_padded_pixels_count_nowhere():

@@ -155,7 +155,7 @@ def test_the_operation_bumps_versions():
     given = arguments()
     operation()(*given.values())
     versions = {name: tensor._version for name, tensor in given.items()}
-    assert all(versions[name] == 1 for name in ("ids", "counts", "bank", "rejected"))
+    assert all(versions[name] == 1 for name in ("ids", "counts", "cursor", "bank", "rejected"))
     assert not any(versions[name] for name in ("contexts", "labels", "context_ids"))
 
 

@@ -176,13 +176,6 @@ def test_options_train_to_the_end(tmp_path, groups):
     )
 
 
-def test_accumulated_micro_batches_average(tmp_path):
-    """Losses are normalised per micro-batch: the logged total is their mean."""
-    trainer = Trainer(short(tmp_path / "run", train={"accumulate": 2, "epochs": 1}, data={"train_images": 4}))
-    trainer.fit()
-    assert len(metrics(tmp_path / "run")) == 1
-
-
 @pytest.mark.parametrize("name", ["voc12-vgg16", "coco14-resnet101", "folder"])
 def test_presets_train_on_their_layouts(tmp_path, name):
     make = {"voc12-vgg16": make_voc, "coco14-resnet101": make_coco, "folder": make_folder}[name]
@@ -572,3 +565,9 @@ def test_a_run_that_begins_anew_reads_its_calibration_anew(tmp_path):
     save_config(killed.config, tmp_path / "run" / "config.yaml")
     begun = calibrated(0.5, ground_truth_used=False)
     assert (begun.config.method.background_power, begun.ground_truth_used) == (0.5, False)
+
+
+def test_labels_out_of_range_are_said_at_checkpoints(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("mcic.trainer.rejected_labels", lambda device: 3)
+    Trainer(short(tmp_path / "run", train={"epochs": 1, "size": 33}, eval={"mask_images": 0})).fit()
+    assert caplog.text.count("some contexts were not stored") == 1

@@ -376,3 +376,17 @@ def test_objective(device, method_rules, head, context):
 def test_names_what_does_not_fit(change, named):
     with pytest.raises(ValueError, match=named):
         pseudo_masks(**(make("logits") | rules() | change))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_score_at_the_threshold_is_kept(device, backend):
+    saliency = torch.tensor([[[0.75, 0.75, 0.5, 0.25]]], device=device)
+    heatmap = torch.tensor([[[[0.0, 0.0, -1.0, 4.0]]]], device=device)
+    tags = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for rules, threshold, expected in (
+        ("paper", 0.25, [0, 0, 0, 1]), ("paper", 0.5, [255, 255, 0, 1]), ("authors", 0.25, [255, 255, 255, 1]),
+    ):  # fmt: skip
+        mask = pseudo_masks(
+            heatmap, tags, saliency, threshold=threshold, cam_background=rules, backend=backend
+        )  # fmt: skip
+        assert mask[0].flatten().tolist() == expected
