@@ -7,7 +7,10 @@ of the batch's classes out of the bank is part of every baseline that needs it.
 
 SDPA and FlexAttention compute no entropy and no threshold: less work than ours, in their favour. SDPA runs over the
 batch-wide union under a mask, and once more over each image's own rows, gathered: that form needs as many classes in
-every image, which a real batch does not have.
+every image, which a real batch does not have. For both the host reads which classes there are beforehand, which is not
+counted either, so that they can be replayed as CUDA graphs as our form is. The published forward pass reads that in
+every call, and so has no graph; its backward pass has one, but for the compiled layer, whose parameters belong to the
+stream that it was first built on.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from bench.engine import Named, Task, Variant, compiled_here, fastest
 from bench.published import PublishedPropagation
 from mcic.model.propagation import Propagation
 
-LARGEST_CHECK = 2**30
-"""pixels times bank rows up to which the reference, dense over the whole bank, is run to compare with"""
+LARGEST_DENSE = 2**30
+"""scores that a dense form may make: 4 GiB in fp32, and what is kept for the backward pass is some eight times that,
+so that about two such forms fit on a card of 80 GiB"""
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,22 @@ def published(case: ContextCase, *, compiled: bool) -> Forward:
     attend = torch.compile(layer.attend, dynamic=False) if compiled else layer.attend
 
     def forward(x: AttentionInputs) -> Named:
-        keys, values, hidden = union(x)
+        keys, values, hidden = union(x, present(x))
         message, entropy = attend(x.query.transpose(0, 1), expand(keys, x), expand(values, x), hidden)
         return {"message": message.transpose(0, 1), "entropy": entropy}
 
     return forward
 
 
-def union(x: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values [M, D] of every class that any image has (a host read), and what each may not read, [B, M]."""
-    present = x.class_mask.any(0).nonzero().flatten()
-    hidden = ~x.class_mask[:, present].repeat_interleave(x.keys.shape[1], 1)
-    return x.keys[present].flatten(0, 1), x.values[present].flatten(0, 1), hidden
+def present(x: AttentionInputs) -> Tensor:
+    """The classes that any image has, int64; a host read."""
+    return x.class_mask.any(0).nonzero().flatten()
+
+
+def union(x: AttentionInputs, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [M, D] of the classes, and what each image may not read of them, [B, M]."""
+    hidden = ~x.class_mask[:, classes].repeat_interleave(x.keys.shape[1], 1)
+    return x.keys[classes].flatten(0, 1), x.values[classes].flatten(0, 1), hidden
 
 
 def expand(rows: Tensor, x: AttentionInputs) -> Tensor:
@@ -110,19 +118,28 @@ def expand(rows: Tensor, x: AttentionInputs) -> Tensor:
     return rows[:, None].expand(-1, len(x.query), -1)
 
 
-def sdpa(x: AttentionInputs) -> Named:
+def sdpa(made: AttentionInputs) -> Forward:
     """PyTorch's attention over the union, masked."""
-    keys, values, hidden = union(x)
-    heads = [t[None, None].expand(len(x.query), -1, -1, -1) for t in (keys, values)]
-    mask = ~hidden[:, None, None].expand(-1, -1, x.query.shape[1], -1)
-    return {"message": F.scaled_dot_product_attention(x.query[:, None], *heads, attn_mask=mask)[:, 0]}
+    classes = present(made)
+
+    def forward(x: AttentionInputs) -> Named:
+        keys, values, hidden = union(x, classes)
+        heads = [t[None, None].expand(len(x.query), -1, -1, -1) for t in (keys, values)]
+        mask = ~hidden[:, None, None].expand(-1, -1, x.query.shape[1], -1)
+        return {"message": F.scaled_dot_product_attention(x.query[:, None], *heads, attn_mask=mask)[:, 0]}
+
+    return forward
 
 
-def sdpa_gathered(x: AttentionInputs) -> Named:
+def sdpa_gathered(made: AttentionInputs) -> Forward:
     """PyTorch's attention over each image's own rows, copied out of the bank."""
-    own = x.class_mask.nonzero()[:, 1].view(len(x.query), -1)  # [B, classes of an image]
-    keys, values = (t[own].flatten(1, 2)[:, None] for t in (x.keys, x.values))
-    return {"message": F.scaled_dot_product_attention(x.query[:, None], keys, values)[:, 0]}
+    own = made.class_mask.nonzero()[:, 1].view(len(made.query), -1)  # [B, classes of an image]
+
+    def forward(x: AttentionInputs) -> Named:
+        keys, values = (t[own].flatten(1, 2)[:, None] for t in (x.keys, x.values))
+        return {"message": F.scaled_dot_product_attention(x.query[:, None], keys, values)[:, 0]}
+
+    return forward
 
 
 def flex(case: ContextCase, made: AttentionInputs) -> Forward:
@@ -180,31 +197,43 @@ def differentiable(x: AttentionInputs, *, query: bool = False) -> AttentionInput
     return dataclasses.replace(x, **{name: getattr(x, name).detach().requires_grad_() for name in wanted})
 
 
+def fits(scores: int) -> bool:
+    """True where a dense form may make so many scores; raises ValueError where they are too many."""
+    if scores > LARGEST_DENSE:
+        raise ValueError(f"left out: {scores:.2g} dense scores, of which at most {LARGEST_DENSE:.2g} are made")
+    return True
+
+
 def operation_tasks(name: str, case: ContextCase, device: torch.device, dtype: torch.dtype) -> Iterator[Task]:
     """Forward, backward and backward with the query's gradient of one case."""
     x = AttentionInputs.make(case, device, dtype)
     size = work.AttentionSize.of(x.query, x.keys, x.values, x.counts, x.class_mask)
-    compiled = cache(lambda: compiled_here(device, name) and published(case, compiled=True))
+    whole, part = size.pixels * size.bank_rows, size.pixels * size.rows
+    compiled = cache(lambda: compiled_here(device, name) and fits(part) and published(case, compiled=True))
     flexible = cache(lambda: compiled_here(device, name) and flex(case, x))
     forms: dict[str, Callable[[], Forward]] = {
         "fused": lambda: fastest("sparse_attention", x.query) and kernel("auto", case),
-        "published": lambda: published(case, compiled=False),
+        "published": lambda: fits(part) and published(case, compiled=False),
         "published, compiled": compiled,
-        "reference": lambda: kernel("reference", case),
+        "reference": lambda: fits(whole) and kernel("reference", case),
     }
     if case.threshold == 0:
         forms |= {
-            "SDPA, masked union": lambda: sdpa,
-            "SDPA, gathered": lambda: sdpa_gathered,
+            "SDPA, masked union": lambda: fits(part) and sdpa(x),
+            "SDPA, gathered": lambda: sdpa_gathered(x),
             "FlexAttention": flexible,
         }
-    checkable = x.query.shape[0] * x.query.shape[1] * size.bank_rows <= LARGEST_CHECK
+
+    reads_host = ("published", "published, compiled")
 
     def task(step: str, cost: work.Cost, runner: Callable[[Forward, AttentionInputs], Callable[[], Named]]) -> Task:
         return Task(
             name="sparse_attention", case=f"{name} ({case.describe()})", scope="op", work=step, dtype=dtype, cost=cost,
-            variants={k: Variant(lambda form=form: runner(form(), x), graph=k == "fused") for k, form in forms.items()},
-            expected=(lambda: runner(kernel("reference", case), x.upcast())()) if checkable else None,
+            variants={
+                k: Variant(lambda form=form: runner(form(), x), graph=step != "forward" or k not in reads_host)
+                for k, form in forms.items()
+            },
+            expected=(lambda: runner(kernel("reference", case), x.upcast())()) if whole <= LARGEST_DENSE else None,
             detailed=name in DETAILED,
         )  # fmt: skip
 
@@ -271,14 +300,15 @@ def layer_tasks(name: str, case: ContextCase, device: torch.device, dtype: torch
 
         return forward
 
+    whole, part = size.pixels * size.bank_rows, size.pixels * size.rows
     forms = {
         "fused": lambda: fastest("sparse_attention", x.query) and ours("auto"),
-        "published": theirs,
-        "published, compiled": cache(lambda: compiled_here(device, name) and theirs(compiled=True)),
-        "published, projected once": lambda: theirs(once=True),
-        "reference": lambda: ours("reference"),
+        "published": lambda: fits(part) and theirs(),
+        "published, compiled": cache(lambda: compiled_here(device, name) and fits(part) and theirs(compiled=True)),
+        "published, projected once": lambda: fits(part) and theirs(once=True),
+        "reference": lambda: fits(whole) and ours("reference"),
     }
-    checkable = x.query.shape[0] * x.query.shape[1] * size.bank_rows <= LARGEST_CHECK
+    as_graph = {"forward": ("fused", "reference"), "backward": tuple(set(forms) - {"published, compiled"})}
     cost = back = None  # the counts are of projecting the bank, which is not the least where that is the larger side
     if size.rows <= size.pixels:
         cost = work.attention_forward(size) + work.projections_forward(size)
@@ -288,11 +318,11 @@ def layer_tasks(name: str, case: ContextCase, device: torch.device, dtype: torch
             name="propagation layer", case=f"{name} ({case.describe()})", scope="layer", work=step, dtype=dtype,
             cost=amount,
             variants={
-                k: Variant(lambda form=form, runner=runner: runner(form(), x), graph=k == "fused")
+                k: Variant(lambda form=form, runner=runner: runner(form(), x), graph=k in as_graph[step])
                 for k, form in forms.items()
             },
             expected=(lambda runner=runner: runner(ours("reference", torch.float32), x.upcast())())
-            if checkable else None,
+            if whole <= LARGEST_DENSE else None,
             detailed=name in DETAILED,
         )  # fmt: skip
 
@@ -321,11 +351,9 @@ def layer_backward(forward: Callable[[], tuple], x: AttentionInputs) -> Callable
     return run
 
 
-def tasks(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Iterator[Task]]]:
-    """Everything about the attention, one thunk per case so that its tensors live no longer than it."""
-    for name in names:
-        for threshold in (0.0, 1.0):
-            case = dataclasses.replace(CONTEXTS[name], threshold=threshold)
-            yield lambda name=name, case=case: operation_tasks(name, case, device, dtype)
-        yield lambda name=name: layer_tasks(name, CONTEXTS[name], device, dtype)
-    yield lambda: iter([skipping_task(device, dtype, CONTEXTS["c1" if "c1" in names else names[0]])])
+def tasks(name: str, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Iterator[Task]]]:
+    """Operation and layer of a case, thunks so that their tensors live no longer than they run."""
+    case = CONTEXTS[name]
+    yield lambda: operation_tasks(name, case, device, dtype)
+    yield lambda: layer_tasks(name, case, device, dtype)
+    yield lambda: operation_tasks(name, dataclasses.replace(case, threshold=1.0), device, dtype)

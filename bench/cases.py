@@ -101,10 +101,11 @@ CONTEXTS = {
 """name → sizes of a batch and a bank"""
 
 DEFAULT = {
-    "cuda": ("c1", "vgg", "resnet", "coco", "pixels-512", "pixels-4096", "pixels-16384"),
+    "cuda": ("c1", "vgg", "resnet", "coco", "pixels-4096", "pixels-512", "pixels-16384"),
     "cpu": ("small",),
 }
-"""device → cases of the operations that run when none is named"""
+"""device → cases of the operations that run when none is named, what the targets need first: a time limit may cut the
+list"""
 
 DETAILED = ("c1", "vgg", "tiny")
 """cases whose baselines are also compiled and whose launches are counted: both are slow to find out, and the other

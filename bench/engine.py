@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.cases import DETAILED
 from bench.counts import Cost
 from bench.results import Row
-from bench.timing import Samples, measure, ratio
+from bench.timing import Samples, flush_buffer, measure, ratio
 
 Named = dict[str, Tensor]
 """results by name"""
@@ -30,7 +30,8 @@ class Variant:
 
     Attributes:
         build: makes the function to time; what it raises becomes the row's note.
-        graph: also time it as a replayed CUDA graph.
+        graph: also time it as a replayed CUDA graph: it reads no value on the host, and what one call of `build`
+            makes shares no tensor that wants a gradient with another's, whose stream is not the recording one.
     """
 
     build: Callable[[], Callable[[], Named]]
@@ -69,12 +70,26 @@ class Settings:
     Attributes:
         device: where. rounds, warmup: of the interleaved measurement.
         ceilings: bytes_per_s, and operations per second by dtype name; empty: no limits are given.
+        no_graph: variants that are not recorded as graphs.
     """
 
     device: torch.device
     rounds: int
     warmup: int
     ceilings: Mapping[str, float] = field(default_factory=dict)
+    no_graph: Collection[str] = ()
+
+
+class CaptureError(RuntimeError):
+    """Recording `variant` as a CUDA graph failed.
+
+    PyTorch's allocator and random numbers then stay as if the recording went on: nothing more can be measured in this
+    process.
+    """
+
+    def __init__(self, variant: str, reason: str) -> None:
+        super().__init__(f"{variant}: could not be recorded as a CUDA graph: {reason}")
+        self.variant = variant
 
 
 def fastest(operation: str, like: Tensor) -> bool:
@@ -94,7 +109,12 @@ def compiled_here(device: torch.device, case: str) -> bool:
 
 
 def run(task: Task, settings: Settings) -> list[Row]:
-    """The rows of a task, one per variant, and one more for those that replay as a graph."""
+    """The rows of a task, one per variant, and one more for those that replay as a graph.
+
+    Raises:
+        CaptureError: one could not be recorded.
+    """
+    flush = flush_buffer(settings.device)  # before the variants, all of which are held, leave no room
     runs: dict[str, Callable[[], object]] = {}
     rows: dict[str, Row] = {}
     exact = _row(task, "exact")
@@ -108,15 +128,21 @@ def run(task: Task, settings: Settings) -> list[Row]:
         runs[name] = ready
         if settings.device.type == "cuda":
             _attempt(row, partial(_look_inside, ready, row, settings.device, detailed=task.detailed))
-        if variant.graph and settings.device.type == "cuda":
-            replayed = rows[f"{name}, graph"] = _row(task, f"{name}, graph")
+        if variant.graph and settings.device.type == "cuda" and name not in settings.no_graph:
+            replayed = rows[_graph(name)] = _row(task, _graph(name))
             replayed.timed = "graph"
-            replay = _attempt(replayed, lambda variant=variant: _captured(variant.build))
+            replay = _attempt(replayed, partial(_captured, name, variant.build))
             if replay is not None:
                 runs[replayed.variant] = replay
-    samples = measure(runs, settings.device, rounds=settings.rounds, warmup=settings.warmup) if runs else {}
+
+    def failed(name: str, error: Exception) -> None:
+        del runs[name]
+        rows[name].note = reason(error)
+
+    rounds = {"rounds": settings.rounds, "warmup": settings.warmup}
+    samples = measure(runs, settings.device, **rounds, flush=flush, failed=failed) if runs else {}
     for name, taken in samples.items():
-        _fill(rows[name], taken, samples.get(task.baseline), task, settings)
+        _fill(rows[name], taken, _opponent(rows[name], samples, task.baseline), task, settings)
     runs.clear()
     release(settings.device)
     return list(rows.values())
@@ -136,16 +162,26 @@ def _row(task: Task, variant: str) -> Row:
     )
 
 
+def _graph(variant: str) -> str:
+    """Name of a variant that is replayed as a graph."""
+    return f"{variant}, graph"
+
+
 def _attempt(row: Row, action: Callable[[], object]) -> object | None:
-    """What `action` returns; an error of any kind is this variant's alone and becomes its note."""
+    """What `action` returns; an error of any kind but a CaptureError is this variant's alone and becomes its note."""
     try:
         return action()
+    except CaptureError:
+        raise
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        row.note = f"{type(error).__name__}: {first[:160]}"
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # it may have been for want of memory
-    return None
+        row.note = reason(error)
+        return None
+
+
+def reason(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first[:160]}"
 
 
 def _ready(variant: Variant, row: Row, expected: Named | None, task: Task, why_not: str) -> Callable[[], object]:
@@ -154,10 +190,11 @@ def _ready(variant: Variant, row: Row, expected: Named | None, task: Task, why_n
     if expected is None:
         row.note = f"not compared: {why_not or 'too large for the reference'}"
         return ready
-    row.error = max((deviation(found[k], expected[k]) for k in found if k in expected), default=None)
+    errors = {name: deviation(found[name], expected[name]) for name in found if name in expected}
     limit = TOLERANCE[task.dtype] * (1 if task.work == "forward" else 3)
-    if row.error is None or not row.error <= limit:
-        raise ArithmeticError(f"computes something else: error {row.error}")
+    if not errors or not all(error <= limit for error in errors.values()):  # a NaN is no less than anything
+        raise ArithmeticError(f"computes something else: errors {errors}")
+    row.error = max(errors.values())
     return ready
 
 
@@ -168,7 +205,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     return (difference / expected.to(wide).norm().clamp(min=1e-12)).item()
 
 
-def _captured(build: Callable[[], Callable[[], object]]) -> Callable[[], None]:
+def _captured(name: str, build: Callable[[], Callable[[], object]]) -> Callable[[], None]:
     """The function as a CUDA graph; built on the capturing stream, where its backward pass then runs too."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -179,12 +216,16 @@ def _captured(build: Callable[[], Callable[[], object]]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = function()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            results = function()
+    except Exception as error:
+        first = error.__context__ or error  # the end of the recording fails too, and hides what failed in it
+        raise CaptureError(name, reason(first)) from error
     graph.replay()
     torch.cuda.synchronize()
 
-    def replay(_: object = kept) -> None:  # the results' memory belongs to the graph as long as they live
+    def replay(_: object = (function, results)) -> None:  # held: the graph reads and writes what they hold
         graph.replay()
 
     return replay
@@ -220,6 +261,15 @@ def launches_and_syncs(function: Callable[[], object]) -> tuple[int, int]:
     during = call.time_range
     syncs = sum(e.name in waits and during.start <= e.time_range.start < during.end for e in events)
     return launches, syncs
+
+
+def _opponent(row: Row, samples: Mapping[str, Samples], baseline: str) -> Samples | None:
+    """The baseline that a row is compared with: a graph with the baseline's graph, where that has one."""
+    if row.timed == "graph" and _graph(baseline) in samples:
+        return samples[_graph(baseline)]
+    if row.timed == "graph" and baseline in samples:
+        row.note = f"compared with {baseline} without a graph"
+    return samples.get(baseline)
 
 
 def _fill(row: Row, taken: Samples, baseline: Samples | None, task: Task, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FLUSH_BYTES = 512 * 2**20
 """written between repetitions on a GPU: several times the largest L2 cache, and it lets the host run ahead"""
@@ -45,21 +46,43 @@ def ratio(slow: Samples, fast: Samples) -> Ratio:
 
 
 def measure(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, warmup: int
-) -> dict[str, Samples]:
-    """Run every variant once a round, starting with another one each round."""
-    for run in variants.values():
-        for _ in range(warmup):
-            run()
-    once = _once_cuda(device) if device.type == "cuda" else _once_cpu
+    variants: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, warmup: int,
+    flush: Tensor | None = None, failed: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Samples]:  # fmt: skip
+    """Run every variant once a round, starting with another one each round.
+
+    Args:
+        variants: by name. device: where. rounds, warmup: counted runs of each, and those before.
+        flush: of `flush_buffer`, where it was made before memory became scarce.
+        failed: told of a variant that raises and of its error; that one is left out, the others go on. None: raised.
+    """
+    if flush is None:
+        flush = flush_buffer(device)
+    once = _once_cpu if flush is None else _once_cuda(flush)
     names = list(variants)
     taken: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
-    for index in range(rounds):
+    for index in range(-warmup, rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            taken[name].append(once(variants[name]))
+            if name not in taken:
+                continue
+            try:
+                read = once(variants[name])
+            except Exception as error:
+                if failed is None:
+                    raise
+                del taken[name]
+                failed(name, error)
+                continue
+            if index >= 0:
+                taken[name].append(read)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return {name: Samples(tuple(read() for read in reads)) for name, reads in taken.items()}
+
+
+def flush_buffer(device: torch.device) -> Tensor | None:
+    """What is read between repetitions on a GPU; None on a CPU."""
+    return torch.zeros(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
 
 
 def _once_cpu(run: Callable[[], object]) -> Callable[[], float]:
@@ -69,9 +92,7 @@ def _once_cpu(run: Callable[[], object]) -> Callable[[], float]:
     return lambda: seconds
 
 
-def _once_cuda(device: torch.device) -> Callable[[Callable[[], object]], Callable[[], float]]:
-    flush = torch.zeros(FLUSH_BYTES // 4, device=device)
-
+def _once_cuda(flush: Tensor) -> Callable[[Callable[[], object]], Callable[[], float]]:
     def once(run: Callable[[], object]) -> Callable[[], float]:
         flush.sum()  # reads: what it leaves in the cache need not be written back while `run` is timed
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -14,12 +14,12 @@ from conftest import relative_error
 from mcic.kernels import class_pool, segmentation_losses
 from mcic.kernels.registry import OPERATIONS
 
-from bench import counts, documents, gpu, hotpath, ops, published, sanitized, step, targets
+from bench import attention, counts, documents, engine, gpu, hotpath, ops, published, sanitized, step, targets
 from bench.__main__ import chosen
-from bench.cases import CONTEXTS, ContextCase
-from bench.engine import Settings, launches_and_syncs, run
+from bench.cases import CONTEXTS, DEFAULT, ContextCase
+from bench.engine import CaptureError, Settings, Task, Variant, launches_and_syncs, run
 from bench.results import Row, is_ours
-from bench.timing import Samples, ratio
+from bench.timing import Samples, measure, ratio
 from mcic.build import build_model
 from mcic.model.memory import MemoryBank
 from mcic.model.propagation import Propagation
@@ -174,6 +174,126 @@ def test_ratio_is_of_medians_with_the_spread_of_the_rounds():
     assert made.of_medians == 2
     assert (made.low, made.high) == pytest.approx((2.0, 2.6))
     assert Samples((1.0, 2.0)).quantile(0.5) == 1.5
+
+
+ONCE = Settings(CPU, rounds=1, warmup=1)
+
+
+def task_of(variants, expected=None):
+    """A task of these functions; `expected` is what they should compute."""
+    made = {name: Variant(lambda compute=compute: compute, graph=True) for name, compute in variants.items()}
+    return Task(name="task", case="case", scope="op", work="forward", dtype=torch.float32, cost=None, variants=made,
+                expected=expected, baseline="slow")  # fmt: skip
+
+
+def test_a_variant_that_fails_while_timed_leaves_the_others():
+    calls = []
+
+    def greedy():
+        calls.append(1)
+        if len(calls) == 2:  # the first finds out what it computes
+            raise torch.OutOfMemoryError("no room")
+        return {}
+
+    slow, broken = run(task_of({"slow": dict, "greedy": greedy}), ONCE)
+    assert slow.p50_ms is not None
+    assert (broken.p50_ms, broken.note) == (None, "OutOfMemoryError: no room")
+    calls[:] = [1]
+    with pytest.raises(torch.OutOfMemoryError):
+        measure({"greedy": greedy}, CPU, rounds=1, warmup=0)
+
+
+def test_a_nan_is_no_result():
+    def half_nan():
+        return {"right": torch.ones(2), "wrong": torch.tensor([1.0, float("nan")])}
+
+    (row,) = run(task_of({"slow": half_nan}, lambda: dict.fromkeys(("right", "wrong"), torch.ones(2))), ONCE)
+    assert row.p50_ms is None
+    assert "computes something else" in row.note
+
+
+def as_if_on_a_gpu(monkeypatch, captured):
+    """Settings of a GPU that the host stands in for; `captured` in the place of recording."""
+    monkeypatch.setattr(engine, "measure", lambda runs, _, **kwargs: measure(runs, CPU, **kwargs | {"flush": None}))
+    monkeypatch.setattr(engine, "flush_buffer", lambda _: None)
+    monkeypatch.setattr(engine, "release", lambda _: None)
+    monkeypatch.setattr(engine, "_look_inside", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "_captured", captured)
+    return replace(ONCE, device=torch.device("cuda"))
+
+
+def test_a_graph_is_compared_with_a_graph(monkeypatch):
+    settings = as_if_on_a_gpu(monkeypatch, lambda name, build: build())
+    both = {row.variant: row for row in run(task_of({"slow": dict, "fast": dict}), settings)}
+    assert list(both) == ["slow", "slow, graph", "fast", "fast, graph"]
+    assert both["slow, graph"].speedup == both["slow"].speedup == 1
+    assert not both["fast, graph"].note
+    settings = replace(settings, no_graph=("slow",))
+    one = {row.variant: row for row in run(task_of({"slow": dict, "fast": dict}), settings)}
+    assert list(one) == ["slow", "fast", "fast, graph"]
+    assert one["fast, graph"].note == "compared with slow without a graph"
+
+
+def test_a_recording_that_fails_is_no_note(monkeypatch):
+    """The process is spent: its allocator and generator go on as if the recording did."""
+
+    def captured(name, build):
+        raise CaptureError(name, "a host read")
+
+    settings = as_if_on_a_gpu(monkeypatch, captured)
+    with pytest.raises(CaptureError, match="fast: could not be recorded as a CUDA graph: a host read") as caught:
+        run(task_of({"fast": dict}), settings)
+    assert caught.value.variant == "fast"
+
+
+def test_losses_of_each_variant_have_leaves_of_their_own(monkeypatch):
+    """A leaf's gradient is accumulated on the stream where it was first used, which cannot be that of a recording."""
+    leaves = []
+    original = ops.published.losses
+    monkeypatch.setattr(ops.published, "losses", lambda *maps: leaves.append(maps[0]) or original(*maps))
+    for task in ops.loss_tasks("tiny", CPU, torch.float32):
+        for _ in range(2):
+            task.variants["six cross-entropies"].build()()
+    assert len({id(leaf) for leaf in leaves}) == 4
+    assert all(leaf.is_leaf and leaf.requires_grad for leaf in leaves)
+
+
+def test_only_what_reads_no_value_on_the_host_is_recorded():
+    by_work = {}
+    for thunk in ops.tasks(("tiny",), CPU, torch.float32):
+        for task in thunk():
+            graphs = {name for name, variant in task.variants.items() if variant.graph}
+            by_work.setdefault((task.name, task.work), set()).update(graphs)
+    forward = by_work["sparse_attention", "forward"]
+    assert forward == {"fused", "reference", "SDPA, masked union", "SDPA, gathered", "FlexAttention"}
+    assert by_work["sparse_attention", "backward"] == forward | {"published", "published, compiled"}
+    assert by_work["propagation layer", "forward"] == {"fused", "reference"}
+    assert "published, compiled" not in by_work["propagation layer", "backward"], "its parameters are shared"
+    assert by_work["segmentation_losses", "backward"] >= {"fused", "six cross-entropies"}
+
+
+def test_dense_forms_of_large_banks_are_left_out(monkeypatch):
+    monkeypatch.setattr(attention, "LARGEST_DENSE", 100)
+    for thunk in attention.tasks("tiny", CPU, torch.float32):
+        for task in thunk():
+            rows = {row.variant: row for row in run(task, ONCE)}
+            for name in {"published", "reference", "SDPA, masked union"} & set(rows):
+                assert "left out" in rows[name].note
+            if "SDPA, gathered" in rows:
+                assert rows["SDPA, gathered"].p50_ms is not None, "it makes no such matrix"
+
+
+def test_what_the_targets_need_is_measured_before_the_banks_of_pixels(monkeypatch):
+    made = []
+    for module, names in ((attention, ("operation_tasks", "layer_tasks", "skipping_task")),
+                          (ops, ("push_task", "pool_tasks", "mask_task", "loss_tasks"))):  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *a, n=name: made.append((n, a[0])) or ())
+    for thunk in ops.tasks(DEFAULT["cuda"], CPU, torch.float32):
+        thunk()
+    last = max(place for place, (_, case) in enumerate(made) if not str(case).startswith("pixels"))
+    assert {case for _, case in made[last + 1 :]} == {"pixels-4096", "pixels-512", "pixels-16384"}
+    assert {name for name, _ in made[:8]} == {name for name, _ in made}, "all of the first case comes first"
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess:
