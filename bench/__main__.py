@@ -1,7 +1,8 @@
 """Measure the hot path: `python -m bench [ops|step|hot-path|all] [--device cpu|cuda] [--case …]`.
 
 The tests of what is measured run first, and nothing is measured when they fail. Results go to bench/results/, and the
-measured part of docs/kernels.md is written anew (`docs` does only that, from the results that are there).
+measured part of docs/kernels.md is written anew (`docs` does only that, from the results that are there). What is
+measured takes the place of what was kept of the same, all else stays: cases and dtypes may come one by one.
 `python -m bench aot | tune | gpu | ablation | scaling` are tools of their own.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 TOOLS = ("aot", "tune", "gpu", "ablation", "scaling")
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=2, help="of the CPU")
     made.add_argument("--tests", nargs="+", help="test files to run first instead of the operations'")
     made.add_argument("--verified", metavar="HOW", help="the tests were just run, in this way; kept in the results")
+    made.add_argument("--resume", action="store_true", help="pass over what --out holds of this commit and device")
+    made.add_argument("--no-graph", action="append", default=[], metavar="VARIANT", help="not replayed as a CUDA graph")
     made.add_argument("--no-verify", action="store_true", help="while developing: no tests first; kept in the results")
     return made
 
@@ -91,7 +95,7 @@ def measure(options: argparse.Namespace, verified: str) -> int:
     """Measure what was asked for; 1 where a case is unknown or a form of our own failed on a GPU."""
     import torch
 
-    from bench import documents, results
+    from bench import documents, engine, results
 
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -101,33 +105,49 @@ def measure(options: argparse.Namespace, verified: str) -> int:
     groups = ("ops", "step", "hot-path") if options.what == "all" else (options.what,)
     if device.type == "cuda":
         groups = tuple(group for group in groups if group != "hot-path")  # a target of the CPU
-    failed = False
+    failed = any(map(results.is_ours, options.no_graph))
     for group in groups:
         torch.manual_seed(0)
         ceilings: dict[str, float] = {}
         rows = []
         about = results.facts(device, verified=verified, ceilings=ceilings)
-        for row in _rows(group, options, device, ceilings):
-            rows.append(row)
-            print(documents.line(row), flush=True)
-            results.save(group, rows, about, options.out, complete=False)  # what is there survives a time limit
-        if not rows:
-            continue
-        print(f"{group}: {results.save(group, rows, about, options.out, complete=True)}", flush=True)
-        failed |= device.type == "cuda" and any(r.p50_ms is None and results.is_ours(r.variant) for r in rows)
+        there = results.rows_of_commit(group, about, options.out) if options.resume else []
+        try:
+            for row in _rows(group, options, device, ceilings, there):
+                rows.append(row)
+                print(documents.line(row), flush=True)
+                results.save(group, rows, about, options.out, complete=False)  # what is there survives a time limit
+        except engine.CaptureError as error:
+            print(f"{error}\nThis process is of no more use: another one goes on, without that graph", flush=True)
+            go_on(error.variant, verified)
+        if rows:
+            print(f"{group}: {results.save(group, rows, about, options.out, complete=True)}", flush=True)
+        ours = [row for row in (*there, *map(vars, rows)) if results.is_ours(row["variant"])]
+        failed |= device.type == "cuda" and any(row["p50_ms"] is None for row in ours)
     if options.out.resolve() == results.RESULTS and not options.no_verify:
         documents.refresh()
     return int(failed)
 
 
-def _rows(group: str, options: argparse.Namespace, device: object, ceilings: dict[str, float]) -> Iterator:
+def go_on(variant: str, verified: str) -> NoReturn:
+    """Become a process that does the rest of this one's work, without the graph of a variant."""
+    command = ["-m", "bench", *sys.argv[1:], "--resume", f"--no-graph={variant}", f"--verified={verified}"]
+    sys.stdout.flush()
+    os.closerange(3, 2**16)  # with the GPU's files goes what was allocated there
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+def _rows(
+    group: str, options: argparse.Namespace, device: object, ceilings: dict[str, float], there: list[dict]
+) -> Iterator:  # fmt: skip
     if group == "ops":
-        yield from _operation_rows(options, device, ceilings)
+        yield from _operation_rows(options, device, ceilings, there)
     elif group == "step":
         from bench import step
 
         for name in chosen(options, step.CASES, step.CASES):
-            yield from step.run(name, device, rounds=options.rounds or 10, warmup=5)
+            done = {row["variant"] for row in there if row["name"] == name}
+            yield from step.run(name, device, rounds=options.rounds or 10, warmup=5, done=done)
     else:
         from bench import hotpath
 
@@ -135,21 +155,25 @@ def _rows(group: str, options: argparse.Namespace, device: object, ceilings: dic
             yield from hotpath.rows(name, rounds=options.rounds or 15)
 
 
-def _operation_rows(options: argparse.Namespace, device: object, ceilings: dict[str, float]) -> Iterator:
+def _operation_rows(
+    options: argparse.Namespace, device: object, ceilings: dict[str, float], there: list[dict]
+) -> Iterator:  # fmt: skip
     import torch
     from torch._functorch import config as functorch
 
-    from bench import cases, engine, ops
+    from bench import cases, engine, ops, results
 
     functorch.donated_buffer = False  # backward passes are timed over and over on one forward pass
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = names[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     ceilings.update(engine.ceilings(device, {dtype, torch.float32}))
     rounds = options.rounds or (30 if device.type == "cuda" else 15)
-    settings = engine.Settings(device, rounds=rounds, warmup=3, ceilings=ceilings)
+    settings = engine.Settings(device, rounds=rounds, warmup=3, ceilings=ceilings, no_graph=options.no_graph)
+    done = set(map(results.piece, there))
     for thunk in ops.tasks(chosen(options, cases.CONTEXTS, cases.DEFAULT[device.type]), device, dtype):
         for task in thunk():
-            yield from engine.run(task, settings)
+            if task.piece not in done:
+                yield from engine.run(task, settings)
         torch.compiler.reset()
         engine.release(device)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench import targets
 from bench.results import RESULTS, ROOT, Row, load, number
+from mcic.durable import write_text
 
 BEGIN, END = "<!-- measured: begin (python -m bench writes this part) -->", "<!-- measured: end -->"
 KERNELS = ROOT / "docs" / "kernels.md"
@@ -52,7 +53,7 @@ def insert(path: Path, text: str, *, title: str) -> None:
         page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n"
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    write_text(path, f"{before}{BEGIN}\n{text}{END}{after}")
 
 
 def waiting(runs: list[dict[str, Any]]) -> list[str]:
@@ -63,15 +64,16 @@ def waiting(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def measured(runs: list[dict[str, Any]]) -> str:
-    """All kept runs as Markdown: whose times mean something with their times, the CPU's as ratios."""
+    """All kept runs as Markdown, each with its origin: a GPU's with their times, a CPU's as ratios."""
     parts = [targets.table(runs)]
     for run in runs:
         about, rows = run["facts"], run["rows"]
         gpu = about["device"] != "cpu"
-        parts.append(f"### {rows[0]['group']}, {about['device'] if gpu else 'CPU'}\n")
+        heading = f"### {rows[0]['group']}, {about['device'] if gpu else 'CPU'}\n"
+        parts += [heading] * (heading not in parts)
         parts.append(_origin(about, gpu=gpu))
         if not about["complete"]:
-            parts.append("**Cut off by a time limit: some cases are missing.**\n")
+            parts.append("**Cut off, by a time limit or an error: what came after is missing, or in the next run.**\n")
         if rows[0]["group"] == "step" and not gpu:
             parts.append("Tiny networks stand in: the steps run, their times say nothing.\n")
             continue

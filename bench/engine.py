@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.cases import DETAILED
 from bench.counts import Cost
-from bench.results import Row
+from bench.results import Piece, Row
 from bench.timing import Samples, flush_buffer, measure, ratio
 
 Named = dict[str, Tensor]
@@ -61,6 +61,11 @@ class Task:
     expected: Callable[[], Named] | None = None
     baseline: str = "published"
     detailed: bool = True
+
+    @property
+    def piece(self) -> Piece:
+        """As `bench.results.piece` of its rows."""
+        return self.name, self.case, self.scope, self.work, _name(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -156,10 +161,14 @@ def release(device: torch.device) -> None:
 
 
 def _row(task: Task, variant: str) -> Row:
-    dtype = str(task.dtype).removeprefix("torch.")
     return Row(
-        group="ops", name=task.name, case=task.case, scope=task.scope, work=task.work, variant=variant, dtype=dtype
-    )
+        group="ops", name=task.name, case=task.case, scope=task.scope, work=task.work, variant=variant,
+        dtype=_name(task.dtype),
+    )  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _graph(variant: str) -> str:
@@ -280,7 +289,7 @@ def _fill(row: Row, taken: Samples, baseline: Samples | None, task: Task, settin
     if task.cost is not None and settings.device.type == "cuda":
         row.gb_per_s = task.cost.bytes / taken.median / 1e9
         row.tflop_per_s = task.cost.operations / taken.median / 1e12
-    rate = settings.ceilings.get(str(task.dtype).removeprefix("torch."))
+    rate = settings.ceilings.get(_name(task.dtype))
     if task.cost is not None and rate is not None:
         limit = task.cost.seconds(bandwidth=settings.ceilings["bytes_per_s"], rate=rate)
         row.limit_ms, row.share_of_limit = 1e3 * limit, limit / taken.median
@@ -299,8 +308,7 @@ def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, f
         side = 8192 if dtype.itemsize == 2 else 4096
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        name = str(dtype).removeprefix("torch.")
-        found[name] = 2 * side**3 / _median(partial(torch.mm, a, b, out=out), device)
+        found[_name(dtype)] = 2 * side**3 / _median(partial(torch.mm, a, b, out=out), device)
     return found
 
 

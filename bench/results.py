@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ from typing import Any
 import torch
 
 from bench.cases import CONTEXTS
+from mcic.durable import write_text, write_with
 from mcic.environment import environment
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 GROUPS = ("ops", "step", "hot-path")
+Piece = tuple[str, ...]
+"""what several variants compute: name, case, scope, work and dtype of their rows"""
 MOST_BARS = 100
 """in a plot; a run on a GPU has several times as many rows"""
 
@@ -99,34 +104,68 @@ def _driver() -> str | None:
     return done.stdout.split("\n")[0].strip() or None
 
 
+def piece(row: Mapping[str, Any]) -> Piece:
+    """The piece of work that a row is of."""
+    return tuple(row[name] for name in ("name", "case", "scope", "work", "dtype"))
+
+
+def rows_of_commit(group: str, about: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """What is kept of a group, from the same device and commit as the run `about`."""
+    runs = _read(_path(group, about, folder))
+    return [row for run in runs if run["facts"]["commit"] == about["commit"] for row in run["rows"]]
+
+
 def save(group: str, rows: list[Row], about: dict[str, Any], folder: Path, *, complete: bool) -> Path:
-    """Write `<group>-<device>.json`, `.csv` and, of a complete run, `.png`; returns the JSON file."""
+    """Write `<group>-<device>.json`, `.csv` and, of a complete run, `.png`; returns the JSON file.
+
+    The rows of earlier runs stay, each run with its own facts, but for those that this run has, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{group}-{about['device'].lower().replace(' ', '-')}"
-    path = folder / f"{stem}.json"
-    path.write_text(
-        json.dumps({"facts": about | {"complete": complete}, "rows": [_rounded(row) for row in rows]}, indent=1) + "\n"
-    )
-    with (folder / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_rounded(row) for row in rows)
+    path = _path(group, about, folder)
+    own = [_rounded(row) for row in rows]
+    measured = {(piece(row), row["variant"]) for row in own}
+    runs = [
+        run | {"rows": [row for row in run["rows"] if (piece(row), row["variant"]) not in measured]}
+        for run in _read(path)
+        if (run["facts"]["date"], run["facts"]["command"]) != (about["date"], about["command"])
+    ]
+    runs = [*(run for run in runs if run["rows"]), {"facts": about | {"complete": complete}, "rows": own}]
+    write_text(path, json.dumps(runs, indent=1) + "\n")
+    write_text(path.with_suffix(".csv"), _csv(runs))
     if complete:
-        _plot(rows, about, folder / f"{stem}.png")
+        _plot(runs, path.with_suffix(".png"))
     return path
+
+
+def _path(group: str, about: Mapping[str, Any], folder: Path) -> Path:
+    return folder / f"{group}-{about['device'].lower().replace(' ', '-')}.json"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def _csv(runs: Iterable[Mapping[str, Any]]) -> str:
+    """The rows, each with date and commit of its run."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*(field.name for field in fields(Row)), "date", "commit"], lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        writer.writerows(row | {name: run["facts"][name] for name in ("date", "commit")} for row in run["rows"])
+    return text.getvalue()
 
 
 def _rounded(row: Row) -> dict[str, Any]:
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
 
 
-def _plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
+def _plot(runs: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    timed = _shown([row for row in rows if row.p50_ms is not None])
+    timed = _shown([Row(**row) for run in runs for row in run["rows"] if row["p50_ms"] is not None])
     if not timed:
         path.unlink(missing_ok=True)
         return
@@ -134,7 +173,6 @@ def _plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     for row in timed:
         groups.setdefault(f"{row.name} {row.case}, {row.scope} {row.work}, {row.dtype}", []).append(row)
     heights = [len(group) for group in groups.values()]
-    tall = 0.32 * sum(heights) + 0.75 * len(groups) + 0.6  # inches
     tall = 0.32 * sum(heights) + 0.75 * len(groups) + 0.6  # inches
     place = {"left": 0.26, "right": 0.97, "top": 1 - 0.65 / tall, "bottom": 0.5 / tall}
     place["hspace"] = 0.7 * len(groups) / (0.32 * sum(heights))
@@ -154,9 +192,10 @@ def _plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
         axis.set_title(title, fontsize=8, loc="left")
         axis.tick_params(labelsize=7)
     axes[-1, 0].set_xlabel("ms: median, bars from 20 % to 80 %; red: limit by the measured ceilings", fontsize=8)
-    origin = f"{about['device']}, {about['date'][:10]}, {(about['commit'] or 'no commit')[:10]}"
+    origins = (f"{run['facts']['date'][:10]} {(run['facts']['commit'] or 'no commit')[:10]}" for run in runs)
+    origin = ", ".join(dict.fromkeys((runs[0]["facts"]["device"], *origins)))
     figure.suptitle(origin, fontsize=9, y=1 - 0.1 / tall)
-    figure.savefig(path, dpi=90)
+    write_with(path, lambda partial: figure.savefig(partial, dpi=90, format="png"))
     plt.close(figure)
 
 
@@ -175,8 +214,7 @@ def is_ours(variant: str) -> bool:
 
 def load(folder: Path) -> list[dict[str, Any]]:
     """The runs kept in a folder, by group and device."""
-    paths = [path for group in GROUPS for path in sorted(folder.glob(f"{group}-*.json"))]
-    return [json.loads(path.read_text()) for path in paths]
+    return [run for group in GROUPS for path in sorted(folder.glob(f"{group}-*.json")) for run in _read(path)]
 
 
 def number(value: float | None, *, unit: str = "") -> str:

@@ -11,7 +11,7 @@ On a CPU a tiny network stands in: a check that everything runs, not a measureme
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from bench import published
-from bench.engine import fastest, launches_and_syncs, release
+from bench.engine import CaptureError, fastest, launches_and_syncs, reason, release
 from bench.results import Row
 from bench.timing import Samples, measure
 from mcic.build import build_model, peak_memory
@@ -207,14 +207,22 @@ def build(variant: Variant, config: Config, device: torch.device) -> Step:
     return GraphedUpdate(made) if variant.graph else made
 
 
-def run(name: str, device: torch.device, *, rounds: int, warmup: int) -> Iterator[Row]:
-    """The rows of one network."""
+def run(
+    name: str, device: torch.device, *, rounds: int, warmup: int, done: Collection[str] = ()
+) -> Iterator[Row]:  # fmt: skip
+    """The rows of one network, but for the variants that are done.
+
+    Raises:
+        CaptureError: after the row of a variant that could not be recorded as a CUDA graph.
+    """
     config = configuration(name, device)
     batch = random_batch(config, device)
     contiguous = dataclasses.replace(batch, images=batch.images.contiguous())
     ramp = torch.ones((), device=device)
     first: Samples | None = None
     for label, variant in VARIANTS.items():
+        if label in done:
+            continue
         images = batch if variant.channels_last else contiguous
         row = Row(
             group="step", name=name, case=f"{config.train.size}², batch {config.train.batch_size}", scope="step",
@@ -234,12 +242,14 @@ def run(name: str, device: torch.device, *, rounds: int, warmup: int) -> Iterato
             if device.type == "cuda":
                 row.launches, row.syncs = launches_and_syncs(call)
         except Exception as error:  # a variant that cannot run has its reason as its row, the others go on
-            first_line = str(error).strip().split("\n")[0]
-            row.note = f"{type(error).__name__}: {first_line[:160]}"
+            row.note = reason(error)
         else:
             first = taken[label] if label == "published" else first
             _fill(row, taken[label], first, config.train.batch_size, device)
         step = call = None
+        if row.note and variant.graph and device.type == "cuda":
+            yield row
+            raise CaptureError(label, row.note)
         torch.compiler.reset()
         release(device)
         yield row
