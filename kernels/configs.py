@@ -71,5 +71,7 @@ def store(name: str, kernel: str, bits: str, configuration: dict[str, int]) -> N
         + "\n }"
         for kernel, by_bits in sorted(entries.items())
     ]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial.replace(path)  # whoever is killed while tuning leaves a whole table
     table.cache_clear()

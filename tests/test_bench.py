@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import tarfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -505,6 +506,35 @@ def test_gpu_stages_are_limited_and_independent(tmp_path):
     verified = gpu._verified([ended])
     last = gpu.run(told, tmp_path, 60.0, verified=verified).last
     assert last == "['--verified', 'pytest -m gpu: failed 3, 2 failed']"
+
+
+def test_the_build_names_what_later_stages_lack(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LATER", ("bench.gpu",))
+    gpu.check()
+    assert "torch" in capsys.readouterr().out.lower()
+    monkeypatch.setattr(gpu, "NEEDED", (*gpu.NEEDED, "no_such", "nor_this"))
+    with pytest.raises(SystemExit, match="missing packages: no_such, nor_this"):
+        gpu.check()
+
+
+def test_all_of_a_call_comes_back_in_one_file_even_if_cut_off(tmp_path, monkeypatch):
+    """The archive is there after the first stage, and flags reach the last."""
+    results_, out = tmp_path / "bench" / "results", tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setenv("OUT", str(out))
+    for name, value in (("ROOT", tmp_path), ("RESULTS", results_)):
+        monkeypatch.setattr(gpu, name, value)
+    code = f"import sys, pathlib; print(pathlib.Path({str(out)!r}, 'results.tar.gz').exists(), sys.argv[1:])"
+    stages = tuple(gpu.Stage(name, (sys.executable, "-c", code), 0.5) for name in ("build", "tune"))
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    assert gpu.main(["--only", "build,tune", "--minutes", "1", "--", "--kernel", "a"]) == 0
+    assert [path.name for path in out.iterdir()] == ["results.tar.gz"]
+    with tarfile.open(out / "results.tar.gz") as archive:
+        said = {name: archive.extractfile(name).read().decode().strip() for name in archive.getnames()}
+    logs = "bench/results/logs"
+    assert said == {f"{logs}/build.log": "False []", f"{logs}/tune.log": "True ['--kernel', 'a']"}
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "build", "--", "--kernel", "a"])
 
 
 def test_the_sanitizer_watches_every_operation(monkeypatch):
