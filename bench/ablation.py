@@ -22,7 +22,7 @@ from typing import IO
 from PIL import Image
 
 from bench.ablation_grid import ROOT, Cell, Grid, Machine, Runner
-from bench.ablation_results import Table, read_cell, write
+from bench.ablation_results import Table, lost, read_cell, write
 from bench.ablation_rows import GROUPS, Row, chosen, flag, rows, value_of
 from mcic.build import choose_device
 from mcic.cli import run
@@ -77,8 +77,12 @@ def main(argv: list[str]) -> int:
     wanted = chosen(every, names=options.rows, groups=options.group)
     flags = _flags(options, flags)
     grid = Grid.of(options.preset, flags, rows=every, runs=options.runs)
-    if options.list or options.table_only:
-        _list(grid, wanted) if options.list else _write(grid, options, argv)
+    if options.list:
+        _list(grid, wanted)
+        return 0
+    if options.table_only:
+        _keep_results(options, grid.stored())
+        _write(grid, options, argv)
         return 0
     with _locked(options.runs) as lock:
         _prepare(options)
@@ -86,6 +90,7 @@ def main(argv: list[str]) -> int:
         grid = Grid.of(options.preset, flags, rows=every, runs=options.runs)
         cells = grid.cells(wanted, options.seeds)
         _check(grid, cells, redo=options.redo)
+        _keep_results(options, [*grid.stored(), *cells])
         missing = sum(not grid.is_finished(cell) for cell in cells)
         machine = Machine.fit(grid.baseline.run.device, jobs=options.jobs, cells=missing)
         print(f"{missing} of {len(cells)} cells to make, {machine.jobs} at a time → {options.runs}", flush=True)
@@ -200,10 +205,25 @@ def _locked(runs: Path) -> Iterator[IO]:
         yield file
 
 
+def _keep_results(options: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """Raise ValueError where `--out` holds results of other cells than there will be: they may be all that is left."""
+    if gone := lost(options.out, ((cell.row.name, cell.seed) for cell in cells)):
+        raise ValueError(f"{options.out} holds results of cells that are neither in {options.runs} nor to be made "
+                         f"({len(gone)}, {gone[0]} the first): another --out keeps both, else remove them")  # fmt: skip
+
+
 def _write(grid: Grid, options: argparse.Namespace, argv: Sequence[str]) -> None:
-    """The results of all cells that are finished."""
-    cells = [read_cell(cell.row, cell.seed, grid.folder(cell)) for cell in grid.stored()]
-    measured = "a held-out part of the training images" if options.select else "the validation images"
+    """The results of all cells that are finished, unless --out holds those of more."""
+    stored = grid.stored()
+    if not stored:
+        print(f"No cell is finished in {options.runs}: no results written", flush=True)
+        return
+    if lost(options.out, ((cell.row.name, cell.seed) for cell in stored)):
+        print(f"{options.out} keeps its results, of more cells than the {len(stored)} that are finished", flush=True)
+        return
+    cells = [read_cell(cell.row, cell.seed, grid.folder(cell)) for cell in stored]
+    data = options.data if options.data == "shapes" else Path(options.data).resolve().name
+    measured = f"a held-out part of the training images of {data}" if options.select else data
     title = f"Ablation: {options.out.name}, preset {options.preset}, measured on {measured}"
     command = shlex.join(["python", "-m", "bench.ablation", *map(_without_place, argv)])
     write(Table(cells, grid.rows, grid.same), options.out, title=title, command=command, runs=grid.runs)

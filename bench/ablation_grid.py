@@ -60,6 +60,11 @@ class Grid:
     def of(cls, preset: str, flags: Sequence[str], *, rows: tuple[Row, ...], runs: Path) -> Grid:
         """The grid on a baseline; raises ValueError where a flag of it is wrong."""
         baseline = parse_train([preset, *flags])
+        if baseline.data.calibration is not None:
+            raise ValueError(
+                "--data.calibration sets what rows are compared by: give an ablation the value that was chosen, "
+                "--method.background-power, or --method.cam-threshold with the authors' background"
+            )
         return cls(preset, tuple(flags), baseline, rows, same_as(rows, baseline), runs)
 
     def cells(self, wanted: Sequence[Row], seeds: Sequence[int]) -> list[Cell]:

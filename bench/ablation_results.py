@@ -182,6 +182,17 @@ class Table:
         return f"{found} ({covered.mean:.0f})" if covered else str(found)
 
 
+def lost(out: Path, cells: Iterable[tuple[str, int]]) -> list[str]:
+    """The cells of the `results.csv` in a folder, `row/seed`, that are not among `cells`."""
+    path = out / "results.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        held = [(line["row"], int(line["seed"])) for line in csv.DictReader(file)]
+    kept = set(cells)
+    return [f"{row}/{seed}" for row, seed in held if (row, seed) not in kept]
+
+
 def write(table: Table, out: Path, *, title: str, command: str, runs: Path) -> None:
     """Write `results.csv`, `table.md`, `plot-differences.svg` and, of runs that evaluate on the way, `plot-epochs.svg`.
 

@@ -231,7 +231,7 @@ def difference(stored: Config, wanted: Config) -> str | None:
     """Where two configurations would compute something else: the first field and both values, None if nowhere.
 
     Fields that `wanted` leaves to data and machine are taken as stored, paths are compared as paths, and what decides
-    over no number is not compared: `run`, the loader's processes, the cache.
+    over no number is not compared: `run` but for what it starts from, the loader's processes, the cache.
     """
     wanted = fill_unset(wanted.resolved(), stored)
     ours, theirs = _compared(wanted), _compared(stored.resolved())
@@ -243,10 +243,11 @@ def _compared(config: Config) -> dict[str, Any]:
     values = {
         f"{section}.{name}": value
         for section, fields in dataclasses.asdict(config).items()
-        if isinstance(fields, dict) and section != "run"
+        if isinstance(fields, dict)
         for name, value in fields.items()
-        if name not in ("workers", "cache")
+        if (section != "run" or name == "init_from") and name not in ("workers", "cache")
     }
-    if values["data.root"] is not None:
-        values["data.root"] = str(Path(values["data.root"]).resolve())
+    for name in ("data.root", "run.init_from"):
+        if values[name] is not None:
+            values[name] = str(Path(values[name]).resolve())
     return values

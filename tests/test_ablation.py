@@ -105,6 +105,9 @@ def test_differences_of_configurations(tmp_path):
     assert difference(stored, changed(wanted, {"train.epochs": 6})) == "train.epochs 12, not 6"
     here = changed(stored, {"data.root": str(tmp_path)})
     assert difference(here, changed(wanted, {"data.root": os.path.relpath(tmp_path)})) is None
+    assert difference(stored, changed(wanted, {"run.init_from": "b"})).startswith("run.init_from None, not ")
+    begun = changed(stored, {"run.init_from": str(tmp_path)})
+    assert difference(begun, changed(wanted, {"run.init_from": os.path.relpath(tmp_path)})) is None
 
 
 # Statistics
@@ -343,6 +346,38 @@ def test_what_the_data_decides_is_chosen_once(tmp_path):
 def test_shown_commands_name_no_place():
     assert ablation._without_place("/a/b/photos") == "photos"
     assert ablation._without_place("../shared/photos") == "../shared/photos"
+
+
+def test_a_calibration_is_to_be_given_as_its_value(tmp_path, capsys):
+    where = ("--out", tmp_path / "out", "--runs", tmp_path / "runs")
+    assert run_ablation(*where, "--", "--data.calibration", "run") == 2
+    assert "give an ablation the value that was chosen, --method.background-power" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("grid")
+def test_results_of_cells_that_are_not_here_stay(tmp_path, monkeypatch, capsys):
+    """As in a fresh checkout, where the CSV is all that is left of the runs."""
+    monkeypatch.setattr(ablation, "read_cell", lambda row, seed, _: cell_of(row, seed, 60.0))
+    out = tmp_path / "out"
+    common = ("--out", out, "--jobs", "1", "--seeds", "0")
+    assert run_ablation(*common, "--runs", tmp_path / "runs", "--table-only") == 0
+    assert "No cell is finished" in capsys.readouterr().out
+    assert not out.exists()
+    assert run_ablation(*common, "--runs", tmp_path / "runs", "--rows", "slots-8") == 0
+    before = {path.name: path.read_text() for path in out.iterdir()}
+    assert before["table.md"].startswith("# Ablation: out, preset shapes, measured on shapes\n")
+    fresh = (*common, "--runs", tmp_path / "fresh", "--rows", "slots-16")
+    assert run_ablation(*fresh) == 2
+    said = capsys.readouterr().err
+    assert "(1, slots-8/0 the first): another --out keeps both" in said, "the baseline would be made again"
+    assert run_ablation(*fresh, "--table-only") == 2
+    assert "(2, baseline/0 the first)" in capsys.readouterr().err
+    make(Grid.of("shapes", [], rows=rows(), runs=tmp_path / "fresh"), [BASELINE])
+    monkeypatch.setattr(Runner, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run_ablation(*fresh, "slots-8") == 130
+    assert "keeps its results, of more cells than the 1" in capsys.readouterr().out
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
 
 
 # From end to end
