@@ -108,6 +108,8 @@ def _record() -> dict:
 
 def _missing(part: str, reason: str = "") -> str:
     """Why a part is not there, as the build saw it; where it saw nothing, `reason`."""
-    return _record().get("missing", {}).get(part) or reason or (
-        "it was not built: pip install --no-build-isolation -e . in the checkout, with a C++ compiler"
+    return (
+        _record().get("missing", {}).get(part)
+        or reason
+        or ("it was not built: pip install --no-build-isolation -e . in the checkout, with a C++ compiler")
     )

@@ -429,11 +429,13 @@ def test_a_stop_lets_the_cells_save(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Grid, "command", lambda *_, **__: [sys.executable, "-c", code])
 
     def stop():
-        while not started.exists():
+        end = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < end:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        if started.exists():
+            os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=stop).start()
+    threading.Thread(target=stop, daemon=True).start()
     where = ("--out", tmp_path / "out", "--runs", tmp_path / "runs", "--jobs", "1", "--rows", BASELINE)
     assert run_ablation(*where) == 130
     assert saved.exists()
