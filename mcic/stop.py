@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import os
 import signal
 from types import FrameType
-
-logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75
 """of a run that was asked to stop and saved everything: EX_TEMPFAIL, try again later"""
@@ -39,4 +38,7 @@ class StopRequest:
         if self.made and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.made = True
-        logger.warning("%s: finishing the step and saving", signal.Signals(number).name)
+        if os.environ.get("RANK", "0") == "0":
+            # Not through the log: it may be in the middle of a line, and must not be entered twice.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{signal.Signals(number).name}: finishing the step and saving\n".encode())

@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import math
+import os
+import signal
 import subprocess
 
 import pytest
@@ -13,6 +15,7 @@ import mcic
 from mcic import log as log_module
 from mcic.environment import environment, git_commit
 from mcic.log import RunLog, print_table, setup_logging
+from mcic.stop import StopRequest
 
 STEP = {
     "loss/total": 1.5, "loss/classification": 0.25, "loss/segmentation": 1.0, "loss/s_cam": 9.0, "lambda": 0.5,
@@ -243,3 +246,13 @@ class TestEnvironment:
         assert len(commit) == 40
         (package / "__init__.py").write_text("x = 1")
         assert git_commit(package) == f"{commit}-dirty"
+
+
+def test_a_stop_may_come_in_the_middle_of_a_line(capfd, monkeypatch):
+    """What prints may be anywhere within a line when a signal comes: the handler must not enter it again."""
+    monkeypatch.setattr(logging.Logger, "callHandlers", lambda *_: pytest.fail("the log was entered"))
+    with StopRequest() as stop:
+        assert not stop.made
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.made
+    assert capfd.readouterr().err == "SIGUSR1: finishing the step and saving\n"
