@@ -6,6 +6,7 @@ import csv
 import datetime
 import io
 import json
+import platform
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from mcic.environment import environment
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 GROUPS = ("ops", "step", "hot-path")
+SYSTEM = f"{platform.system()}, {platform.machine()}"
+"""where a result is from: the kernel's own name says nothing to others"""
 Piece = tuple[str, ...]
 """what several variants compute: name, case, scope, work and dtype of their rows"""
 MOST_BARS = 100
@@ -86,7 +89,8 @@ def facts(device: torch.device, *, verified: str, ceilings: dict[str, float]) ->
         "commit": about["git_commit"],
         "verified": verified,
         "ceilings": ceilings,
-        **{key: about[key] for key in ("python", "torch", "triton", "cuda", "cpu", "threads", "platform")},
+        **{key: about[key] for key in ("python", "torch", "triton", "cuda", "cpu", "threads")},
+        "platform": SYSTEM,
     }
 
 

@@ -167,14 +167,14 @@ SWEEPS: dict[str, tuple[str, Iterable[Setting]]] = {
 }
 COLUMNS: dict[str, Callable[[Costs], str]] = {
     "gather": lambda c: size_of(c.gather_received),
-    "of it own classes": lambda c: size_of(c.gather_useful),
+    "of which useful": lambda c: size_of(c.gather_useful),
     "gradients": lambda c: size_of(c.gradients_received),
     "push": lambda c: size_of(c.push),
     "turnover": lambda c: f"{100 * c.turnover:.0f} %",
     "bank": lambda c: size_of(c.bank),
     "projections": lambda c: operations_of(c.projections),
     "attention": lambda c: operations_of(c.attention),
-    "its bytes": lambda c: size_of(c.attention.bytes),
+    "bytes of it": lambda c: size_of(c.attention.bytes),
     "kept attention": lambda c: size_of(c.attention_memory),
     "logits": lambda c: size_of(c.logits),
 }

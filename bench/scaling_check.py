@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from bench.documents import ROOT
+from bench.results import SYSTEM
 from bench.scaling import Setting, costs
 from mcic.environment import environment
 from mcic.model.memory import MemoryBank
@@ -189,7 +190,7 @@ def run() -> dict[str, Any]:
     about = environment()
     rows = [*of_ranks(), *of_sizes()]
     facts = {"command": "python -m bench scaling", "commit": about["git_commit"], "cores": os.cpu_count(),
-             **{key: about[key] for key in ("cpu", "platform", "python", "torch")}}  # fmt: skip
+             **{key: about[key] for key in ("cpu", "python", "torch")}, "platform": SYSTEM}  # fmt: skip
     settings = {"read": dataclasses.asdict(READ), "exchange": dataclasses.asdict(EXCHANGE)}
     return {"facts": facts, "settings": settings, "rows": rows}
 
