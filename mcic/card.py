@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mcic.measures import MASKS, NETWORK, WITH_MEMORY
+from mcic.measures import SCORES
 from mcic.runfolder import finite, read_document
 
 _SUPERVISION = {
@@ -102,8 +102,8 @@ def _ground_truth(config: dict[str, Any], summary: dict[str, Any], description: 
 def _scores(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value in percent, on which images) of every mean IoU."""
     return [
-        (measure.name, f"{value:.1f}", measure.where)
-        for measure in (NETWORK, WITH_MEMORY, *MASKS)
+        (measure.name, f"{value:.1f}", measure.measured_on(summary))
+        for measure in SCORES
         if (value := finite(summary, measure.key)) is not None
     ]
 

@@ -32,6 +32,11 @@ class Measure:
     per_class: str | None = None
     coverage: str | None = None
 
+    def measured_on(self, summary: dict[str, Any]) -> str:
+        """On which images, and of a mask on how many, as far as the summary says."""
+        count = summary.get("mask_images") if self.coverage else None
+        return f"{count} {self.where}" if count else self.where
+
 
 def _mask(slug: str, name: str, meaning: str) -> Measure:
     return Measure(
@@ -53,6 +58,13 @@ NETWORK = Measure(
     color="val",
     per_class="val",
 )
+WITH_TAGS = Measure(
+    key="val/miou_tags",
+    name="Network given the tags",
+    where="validation images, tags given",
+    meaning="The network alone, among the classes of the true tags: what the one with memory is to be compared with.",
+    color="seg",
+)
 WITH_MEMORY = Measure(
     key="val/miou_context",
     name="Network with memory",
@@ -69,18 +81,19 @@ CONTEXT = _mask(
 )
 MERGED = _mask("merged", "Merged mask", "CAM and context mask where they agree or only one speaks; ignored elsewhere.")
 MASKS = (CAM, CONTROL, CONTEXT, MERGED)
+SCORES = (NETWORK, WITH_TAGS, WITH_MEMORY, *MASKS)
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, where) of every score in a summary, then speed and time: the table at the end of a run."""
     rows = []
-    for measure in (NETWORK, WITH_MEMORY, *MASKS):
+    for measure in SCORES:
         value = summary.get(measure.key)
         if value is None:
             continue
         covered = summary.get(measure.coverage) if measure.coverage else None
-        where = measure.where if covered is None else f"{measure.where}, labels {covered:.0f} % of the pixels"
-        rows.append((measure.name, f"{value:.1f} mIoU", where))
+        labels = "" if covered is None else f", labels {covered:.0f} % of the pixels"
+        rows.append((measure.name, f"{value:.1f} mIoU", f"{measure.measured_on(summary)}{labels}"))
     if not rows:
         rows.append(("Quality", "–", "unknown: there are no ground-truth masks to measure with"))
     rows.append(("Training", f"{summary['seconds']:.0f} s", f"{summary['images_per_second']:.1f} images/s"))
@@ -141,6 +154,7 @@ TRAINING_FIGURES = (
 EVALUATION_FIGURES = (
     Figure("Validation during training", "mIoU, percent.", (
         Curve("val/miou", "network alone", "val"),
-        Curve("val/miou_context", "with memory", "context", dashed=True),
+        Curve("val/miou_tags", "given the tags", "seg", dashed=True),
+        Curve("val/miou_context", "with memory, given the tags", "context", dashed=True),
     ), top=100.0),
 )  # fmt: skip

@@ -21,8 +21,8 @@ from mcic.measures import (
     EVALUATION_FIGURES,
     MASKS,
     NETWORK,
+    SCORES,
     TRAINING_FIGURES,
-    WITH_MEMORY,
     Figure,
     Measure,
 )
@@ -61,7 +61,7 @@ def _context(run: RunFolder) -> dict[str, Any]:
         "verdict": _verdict(summary),
         "notes": _notes(run),
         "tiles": [_score(measure, summary) for measure in (NETWORK, *MASKS)],
-        "results": [_score(measure, summary) for measure in (NETWORK, WITH_MEMORY, *MASKS)],
+        "results": [_score(measure, summary) for measure in SCORES],
         "figures": [*_figures(TRAINING_FIGURES, run.metrics), *_figures(EVALUATION_FIGURES, run.evaluations)],
         "classes": classes,
         "per_class": _per_class(summary, classes),
@@ -148,6 +148,7 @@ def _score(measure: Measure, summary: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "measure": measure,
+        "where": measure.measured_on(summary),
         "value": value,
         "coverage": finite(summary, measure.coverage) if measure.coverage else None,
         "over_cam": over(CAM),

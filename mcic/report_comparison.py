@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from mcic.charts import Line, line_chart, number
-from mcic.measures import EVALUATION_FIGURES, MASKS, NETWORK, TRAINING_FIGURES, WITH_MEMORY, Figure, Measure
+from mcic.measures import EVALUATION_FIGURES, MASKS, NETWORK, SCORES, TRAINING_FIGURES, Figure, Measure
 from mcic.report_gallery import build_gallery
 from mcic.report_page import classes_of, confusion_svg, duration, render, require_page, setting_text, write_page
 from mcic.runfolder import RunFolder, column, finite, read_run, steps
@@ -122,7 +122,7 @@ def _scores(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         if any(value is not None for value in values):
             rows.append({"name": name, "where": where, "values": _against_first(values, text, rank=rank)})
 
-    for measure in (NETWORK, WITH_MEMORY, *MASKS):
+    for measure in SCORES:
         add(measure.name, measure.where, measure.key, "{:.1f}".format, rank=True)
     for mask in MASKS:
         add(f"{mask.name} covers", "percent of the pixels", mask.coverage, "{:.1f}".format)
