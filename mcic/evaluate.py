@@ -170,9 +170,8 @@ def evaluate_run(
     """
     restored = restore_run(run, device=device)
     config, data, model, place = restored.config, restored.data, restored.model, restored.device
-    dataset = getattr(data, split)
-    if split == "train":
-        dataset.subset(config.eval.mask_images or None)
+    count = config.eval.mask_images if split == "train" else None
+    dataset = getattr(data, split).measured(count or None)
     saliency = restored.saliency if split == "train" else None  # only masks are made with it
     items = eval_items(dataset, saliency, workers=default_workers(config.data.workers, dataset))
     network, masks = {}, {}

@@ -299,6 +299,21 @@ def test_subsets_keep_everything_in_step(tmp_path):
                 np.testing.assert_array_equal(now, then)
 
 
+def test_images_without_ground_truth_are_not_among_those_to_measure(tmp_path):
+    root = make_folder(tmp_path / "folder")
+    masks = sorted((root / "train" / "masks").iterdir())
+    for path in masks[2:]:
+        path.unlink()
+    data = Folder.splits(root, 0.2).train
+    for count, expected in ((None, 2), (1, 1)):
+        part = data.measured(count)
+        assert [part.mask(index) is not None for index in range(len(part))] == [True] * expected
+    assert len(data) == 8
+    for path in masks[:2]:
+        path.unlink()
+    assert len(Folder.splits(root, 0.2).train.measured(3)) == 0
+
+
 def test_build_data(tmp_path):
     voc = build_data(DataConfig(name="voc12", root=str(make_voc(tmp_path / "voc")), train_images=5, val_images=2))
     assert (len(voc.train), len(voc.val), voc.train.name) == (5, 2, "voc12")

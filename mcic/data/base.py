@@ -6,9 +6,11 @@ comes from it. Mask value 0 is background, value i ≥ 1 is `classes[i - 1]`, 25
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -52,6 +54,10 @@ class Dataset(ABC):
     def mask(self, index: int) -> np.ndarray | None:
         """uint8 [H, W] ground truth (for evaluation, or `method.supervision full`), or None where there is none."""
 
+    def has_mask(self, index: int) -> bool:
+        """Whether there is ground truth of an image, without reading it."""
+        return True
+
     def path(self, index: int) -> Path | None:
         """The image's file, or None where it has none."""
         return None
@@ -86,6 +92,13 @@ class Dataset(ABC):
             return
         keep = np.linspace(0, len(self) - 1, count).round().astype(int)
         self._keep(keep)
+
+    def measured(self, count: int | None) -> Self:
+        """A copy with `count` of the images that have ground truth, evenly spread (all of them when None)."""
+        part = copy.copy(self)
+        part._keep(np.flatnonzero([self.has_mask(index) for index in range(len(self))]))
+        part.subset(count)
+        return part
 
     def _keep(self, indices: np.ndarray) -> None:
         """Restrict to `indices`; a subclass with more per-image state extends this."""

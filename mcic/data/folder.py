@@ -84,6 +84,9 @@ class Folder(Dataset):
         path = self.photos[index].mask
         return None if path is None else read_mask(path)
 
+    def has_mask(self, index: int) -> bool:
+        return self.photos[index].mask is not None
+
     def path(self, index: int) -> Path:
         return self.photos[index].path
 

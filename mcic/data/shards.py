@@ -79,6 +79,9 @@ class Shards(Dataset):
         place = self.entries[index].sample.mask
         return None if place is None else read_mask(self._member(index, place))
 
+    def has_mask(self, index: int) -> bool:
+        return self.entries[index].sample.mask is not None
+
     def saliency(self, index: int) -> np.ndarray | None:
         place = self.entries[index].sample.saliency
         return None if place is None else read_map(self._member(index, place))
