@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -301,10 +300,10 @@ class Trainer:
     def _summarize(self, log: RunLog) -> dict[str, Any]:
         """Evaluate and put together `summary.json`."""
         log.message("Evaluating")
-        network, masks, config = self._evaluate_network(), {}, self.config
+        network, masks, num_measured, config = self._evaluate_network(), {}, 0, self.config
         if config.eval.mask_images:
-            measured = copy.copy(self.data.train)  # the whole set stays: the bank's ids are places in it
-            measured.subset(config.eval.mask_images)
+            measured = self.data.train.measured(config.eval.mask_images)
+            num_measured = len(measured)
             with in_words(self.device, SMALLER_IMAGES):
                 items = self._items(measured, self.saliency)
                 masks = evaluate_masks(self.model, self.objective, items, device=self.device)
@@ -314,6 +313,7 @@ class Trainer:
             "palette": self.data.train.palette.tolist(),
             **summarize(network, masks, self.data.train.classes),
             "protocol": config.eval.protocol,
+            "mask_images": num_measured,
             "epochs": config.train.epochs,
             "steps": self.step,
             "seconds": round(self.meter.seconds, 1),
@@ -374,7 +374,7 @@ class Trainer:
             self.data.train, self.saliency, size=train.size, scale=train.scale, flip=train.flip,
             color_jitter=train.color_jitter, batch_size=train.batch_size, seed=train.seed,
             workers=default_workers(data.workers, self.data.train), targets=self.targets,
-            rank=distributed.rank(), world_size=distributed.world_size(),
+            rank=distributed.rank(), world_size=distributed.world_size(), accumulate=train.accumulate,
         )  # fmt: skip
 
     def _begun_trained(self) -> tuple[str, ...]:
@@ -433,11 +433,6 @@ class Trainer:
             raise ValueError(
                 f"--train.size must be a multiple of the output stride {stride} plus 1, so that features lie on "
                 f"pixels: got {train.size}, nearest is {near}"
-            )
-        if train.batch_size % (train.accumulate * ranks):
-            raise ValueError(
-                f"--train.batch-size must be a multiple of accumulation steps times processes, "
-                f"{train.accumulate} × {ranks}, got {train.batch_size}"
             )
         if train.cuda_graph and (self.device.type != "cuda" or ranks > 1 or train.precision == "fp16"):
             raise ValueError(

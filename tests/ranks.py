@@ -10,7 +10,6 @@ import torch
 from runs import short
 
 from mcic import build, distributed
-from mcic.data import Batch
 from mcic.log import setup_logging
 from mcic.trainer import Trainer
 
@@ -21,7 +20,6 @@ def main(folder: str, *changes: str) -> None:
     killed_at=STEP, stopped_at=STEP, asked_at=STEP: once SIGKILL, SIGSTOP or SIGTERM for the last rank there
     asleep_at=STEP: once an hour of sleep for it
     nan_at=STEP: once its images hold a NaN
-    order=PLACES: the images of a batch in another order
     apart=1: every rank sees a run folder of its own
     patience=SECONDS, epochs=NUMBER, accumulate=NUMBER, resume=auto: of the configuration
     """
@@ -67,10 +65,6 @@ def main(folder: str, *changes: str) -> None:
                     time.sleep(3600)
                 else:
                     os.kill(os.getpid(), signals[name])
-        if "order" in options:
-            order = [int(place) for place in options["order"].split(",")]
-            fields = (getattr(batch, name) for name in Batch.__slots__)
-            batch = Batch(*(field if field is None else field[order] for field in fields))
         return step(batch)
 
     trainer._train_step = step_or_die

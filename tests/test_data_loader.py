@@ -109,6 +109,14 @@ def test_the_ranks_tile_the_global_batch(world_size):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(batches[step], name) for batches in ranks]))
 
 
+def test_the_ranks_share_each_micro_batch():
+    """In a rank's batch too they follow each other: of two, its first half and its second."""
+    ranks = [next(loader(rank=rank, world_size=2, accumulate=2).epoch(0)).indices.chunk(2) for rank in range(2)]
+    whole = next(loader().epoch(0)).indices.chunk(2)
+    for part, micro_batch in enumerate(whole):
+        assert torch.equal(torch.cat([parts[part] for parts in ranks]), micro_batch)
+
+
 def test_start_skips_without_reading():
     data = Scenes(12)
     *_, last = loader(dataset=data).epoch(0)
@@ -133,8 +141,10 @@ def test_without_saliency():
 def test_too_few_images_and_uneven_batches_say_what_to_do():
     with pytest.raises(ValueError, match=r"scenes has 3 training images.*--train.batch-size"):
         loader(3)
-    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+    with pytest.raises(ValueError, match=r"multiple of accumulation steps times processes, 1 × 3, got 4"):
         loader(world_size=3)
+    with pytest.raises(ValueError, match=r"2 × 4, got 4"):
+        loader(world_size=4, accumulate=2)
     with pytest.raises(ValueError, match=r"--train.seed must be 0 or more"):
         loader(seed=-1)
 

@@ -58,6 +58,7 @@ class TrainLoader:
         targets: Targets | None = None,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ) -> None:
         """
         Args:
@@ -69,12 +70,16 @@ class TrainLoader:
             workers: loader processes; 0 loads in this one.
             targets: the masks to train with; None where tags supervise: then no mask is read.
             rank, world_size: which share of every batch is this process's.
+            accumulate: micro-batches of a batch, which follow each other in it; all ranks share each of them.
 
         Raises:
-            ValueError: the batch does not split evenly over the ranks, or the data set does not fill one.
+            ValueError: the batch does not split evenly over ranks and micro-batches, or the data set does not fill one.
         """
-        if batch_size % world_size:
-            raise ValueError(f"--train.batch-size must be a multiple of the {world_size} processes, got {batch_size}")
+        if batch_size % (world_size * accumulate):
+            raise ValueError(
+                "--train.batch-size must be a multiple of accumulation steps times processes, "
+                f"{accumulate} × {world_size}, got {batch_size}"
+            )
         if len(dataset) < batch_size:
             raise ValueError(
                 f"{dataset.name} has {len(dataset)} training images, fewer than one batch of {batch_size}: "
@@ -84,8 +89,8 @@ class TrainLoader:
             raise ValueError(f"--train.seed must be 0 or more, got {seed}")
         self.steps = len(dataset) // batch_size
         augment = Augment(size=size, scale=scale, flip=flip, color_jitter=color_jitter, seed=seed)
-        share = batch_size // world_size
-        self._order = _Order(dataset, self.steps, batch_size, slice(rank * share, (rank + 1) * share), seed)
+        share = np.arange(batch_size).reshape(accumulate, world_size, -1)[:, rank].ravel()
+        self._order = _Order(dataset, self.steps, batch_size, share, seed)
         self._dataset = _TrainBatches(_Reader(dataset, saliency, targets), augment)
         self._batches = _loader(self._dataset, self._order, workers)
 
@@ -107,9 +112,10 @@ class TrainLoader:
 
 
 class _Order(Sampler[tuple[int, np.ndarray]]):
-    """(epoch, this rank's indices) for every step; global batch i is perm[i·B : (i+1)·B]."""
+    """(epoch, this rank's indices) for every step; global batch i is perm[i·B : (i+1)·B], of which this rank's are the
+    places `share`."""
 
-    def __init__(self, dataset: Dataset, steps: int, batch_size: int, share: slice, seed: int) -> None:
+    def __init__(self, dataset: Dataset, steps: int, batch_size: int, share: np.ndarray, seed: int) -> None:
         self.dataset, self.steps, self.batch_size, self.share, self.seed = dataset, steps, batch_size, share, seed
         self.epoch = self.start = 0
 
