@@ -135,8 +135,10 @@ def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = N
 
 
 def calibrated_field(config: Config) -> str:
-    """The threshold of `MethodConfig` that decides how much of an image is object, under the configuration's rules."""
-    return "cam_threshold" if config.method.cam_background == "authors" else "background_power"
+    """What of `MethodConfig` decides how much of an image is object: T_a where the published background row reads a
+    saliency map, else α."""
+    by_saliency = config.method.cam_background == "authors" and config.data.saliency != "none"
+    return "cam_threshold" if by_saliency else "background_power"
 
 
 def apply_calibration(config: Config, *, stored: Config | None = None) -> Config:

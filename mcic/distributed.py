@@ -145,6 +145,6 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def _exchanging() -> bool:
     """Whether there are other ranks; if so, this one is about to wait for them."""
-    if _watch is not None:
+    if _watch is not None and not torch.compiler.is_compiling():  # a count would be a guard, and every step compile
         _watch.entered += 1
     return dist.is_initialized()

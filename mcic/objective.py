@@ -265,10 +265,11 @@ def push(model: MCIC, contexts: Contexts) -> None:
 
 def finer(maps: Tensor | None, factor: int) -> Tensor | None:
     """[B, C, h, w] on a grid with `factor` steps for one, [B, C, (h-1)·factor + 1, (w-1)·factor + 1], by bilinear
-    interpolation; None stays None."""
+    interpolation; None stays None. Half precision becomes fp32: the backward pass adds up many gradients in a cell."""
     if maps is None or factor == 1:
         return maps
     size = [(side - 1) * factor + 1 for side in maps.shape[-2:]]
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 

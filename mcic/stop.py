@@ -21,7 +21,7 @@ class Stopped(SystemExit):
 class StopRequest:
     """Within its context, SIGTERM, SIGUSR1 and a first Ctrl-C only set `made`; a second Ctrl-C interrupts at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.made = False

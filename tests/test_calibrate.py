@@ -166,6 +166,8 @@ def test_a_calibration_counts_under_its_own_rules_alone(tmp_path):
         ValueError, match=r"my_calibration.json chose --method.background-power, .* --method.cam-threshold"
     ):
         apply_calibration(config)
+    config.data.saliency = "none"  # then the published background row is the paper's
+    assert apply_calibration(config).method.background_power == 3.0
 
 
 def test_a_calibration_that_a_run_meets_on_its_way_is_remembered(tmp_path):

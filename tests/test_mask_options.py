@@ -15,6 +15,7 @@ def test_a_finer_grid_keeps_the_points_it_had():
     assert fine.shape == (2, 3, 17, 13)
     torch.testing.assert_close(fine[:, :, ::4, ::4], maps)
     torch.testing.assert_close(fine[:, :, 2, 0], (maps[:, :, 0, 0] + maps[:, :, 1, 0]) / 2)
+    assert finer(maps.bfloat16(), 4).dtype == torch.float32  # so that gradients are added up in it
     assert finer(maps, 1) is maps
     assert finer(None, 4) is None
 

@@ -402,17 +402,19 @@ def test_dropout_on_the_cpu_drops_its_share(probability):
     assert not torch.equal(dropout_mask(like, 0.5), dropout_mask(like, 0.5))
 
 
+@pytest.mark.parametrize(("value", "precision"), [(torch.nan, "fp32"), (1e8, "fp16")])
 @pytest.mark.parametrize("pixel_bank", [False, True])
-def test_a_context_that_is_not_finite_is_not_stored(pixel_bank):
-    """The logits are fine and one feature is not: what it would make of the first image's background stays out."""
-    model, _ = make(pixel_bank=pixel_bank)
+def test_a_context_that_is_not_finite_is_not_stored(pixel_bank, value, precision):
+    """The logits are fine and one feature is not, or is too large for the bank: what it would make of the first image's
+    background stays out."""
+    model, _ = make(pixel_bank=pixel_bank, bank_precision=precision)
     batch = make_batch()
     prediction = model(batch.images)
-    prediction.features.data[0, 3, 2, 2] = torch.nan
+    prediction.features.data[0, 3, 2, 2] = value
     prediction.logits.data.zero_()[:, 0] = 9  # background everywhere
     size = prediction.features.shape[-2:]
     rows = model.pool(batch.images, prediction, batch.tags, torch.ones(2, *size, dtype=torch.bool), batch.indices)
     stored = rows.labels >= 0
-    assert rows.vectors[stored].isfinite().all()
+    assert rows.vectors[stored].to(model.memory.entries.dtype).isfinite().all()
     per_image = size.numel() if pixel_bank else 1
     assert [(stored & (rows.image_ids == image)).sum() for image in (10, 11)] == [per_image - 1, per_image]

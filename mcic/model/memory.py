@@ -38,6 +38,10 @@ class MemoryBank(nn.Module):
         contexts = contexts.detach().to(self.entries.dtype)
         ring_push_(self.entries, self.ids, self.counts, self.cursor, contexts, labels, image_ids, backend=self.backend)
 
+    def can_hold(self, contexts: Tensor) -> Tensor:
+        """bool [...]: which vectors [..., D] are finite in the bank's precision; others would stay for a long time."""
+        return contexts.to(self.entries.dtype).isfinite().all(-1)
+
     def fill(self) -> Tensor:
         """Share of the slots that are valid, a scalar 0…1."""
         return self.counts.sum() / self.ids.numel()

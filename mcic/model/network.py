@@ -207,14 +207,22 @@ class MCIC(nn.Module):
         confidence = confidence * valid[:, None]
         classes = with_background(tags)
         if self.pixel_bank:
-            return _pixel_contexts(features, confidence, classes, ids, self.pool_threshold, self.confidence_rule)
+            return self._pixel_contexts(features, confidence, classes, ids)
         vectors, _, stored = class_pool(
             features, confidence, classes,
             threshold=self.pool_threshold, rule=self.confidence_rule, backend=self.backend,
         )  # fmt: skip
-        stored = stored & vectors.isfinite().all(2)  # a context that is not finite would stay for a long time
+        stored = stored & self.memory.can_hold(vectors)
         labels = torch.arange(classes.shape[1], device=ids.device, dtype=torch.int32).where(stored, -1)
         return Contexts(vectors.flatten(0, 1), labels.flatten(), ids.repeat_interleave(classes.shape[1]))
+
+    def _pixel_contexts(self, features: Tensor, confidence: Tensor, classes: Tensor, ids: Tensor) -> Contexts:
+        weights = pool_weights(confidence, classes, threshold=self.pool_threshold, rule=self.confidence_rule)
+        best, label = weights.flatten(2).max(1)  # [B, N]
+        labels = label.to(torch.int32).masked_fill(best == 0, -1)
+        vectors = features.flatten(2).transpose(1, 2).flatten(0, 1).float()
+        labels = labels.flatten().where(self.memory.can_hold(vectors), -1)
+        return Contexts(vectors, labels, ids.repeat_interleave(best.shape[1]))
 
     def read(self, prediction: Prediction, tags: Tensor) -> Augmented:
         """Read the bank and predict again from the augmented features (E7–E10, E16)."""
@@ -239,17 +247,6 @@ class MCIC(nn.Module):
             torch._foreach_lerp_(averages, current, 1 - self.ema_momentum)
             for average, buffer in zip(self.ema.buffers(), self.network.buffers(), strict=True):
                 average.copy_(buffer)
-
-
-def _pixel_contexts(
-    features: Tensor, confidence: Tensor, classes: Tensor, ids: Tensor, threshold: float, rule: str
-) -> Contexts:
-    weights = pool_weights(confidence, classes, threshold=threshold, rule=rule)
-    best, label = weights.flatten(2).max(1)  # [B, N]
-    labels = label.to(torch.int32).masked_fill(best == 0, -1)
-    vectors = features.flatten(2).transpose(1, 2).flatten(0, 1).float()
-    labels = labels.flatten().where(vectors.isfinite().all(1), -1)
-    return Contexts(vectors, labels, ids.repeat_interleave(best.shape[1]))
 
 
 def feature_valid(valid: Tensor, size: torch.Size) -> Tensor:
