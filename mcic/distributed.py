@@ -17,12 +17,15 @@ from torch import Tensor
 
 from mcic.watch import Watch
 
+SHARED_WORK = timedelta(hours=24)
+"""how long a rank that has made its share of a command's work waits for the others"""
+
 SLACK = timedelta(minutes=1)
 """by which torch's own timeout, which names nobody, comes after ours"""
 _watch: Watch | None = None
 
 
-def initialize(device: torch.device, timeout: timedelta) -> None:
+def initialize(device: torch.device, timeout: timedelta = SHARED_WORK) -> None:
     """Join the process group that `torchrun` announces through the environment, if there is one.
 
     Args:

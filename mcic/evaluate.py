@@ -152,28 +152,33 @@ def summarize(
 
 
 def evaluate_run(
-    run: Path, *, protocol: str | None = None, split: str = "val", device: str | None = None
-) -> dict[str, Any]:
-    """Score the newest checkpoint of a run again.
+    run: Path, *, checkpoint: str = "newest", protocol: str | None = None, split: str = "val",
+    device: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score a checkpoint of a run again; under torchrun every rank evaluates its share of the images.
 
     Args:
         run: the run folder.
+        checkpoint: as for `restore_run`.
         protocol: see `mcic.inference.PROTOCOLS`; None: the run's own.
         split: `val`: the network and s̃; `train`: those of M, M', M'' and the control that the run trains.
         device: as `run.device`; None: the run's own.
 
     Returns:
-        Entries of `summary.json`, IoUs in percent.
+        `checkpoint` (its name), `split` and `images` (with ground truth), then entries of `summary.json`, IoUs in
+        percent.
 
     Raises:
-        ValueError: no run folder, or one without a checkpoint.
+        ValueError: no run folder, or one without that checkpoint.
     """
-    restored = restore_run(run, device=device)
+    restored = restore_run(run, checkpoint=checkpoint, device=device)
+    distributed.initialize(restored.device)
     config, data, model, place = restored.config, restored.data, restored.model, restored.device
     count = config.eval.mask_images if split == "train" else None
     dataset = getattr(data, split).measured(count or None)
     saliency = restored.saliency if split == "train" else None  # only masks are made with it
-    items = eval_items(dataset, saliency, workers=default_workers(config.data.workers, dataset))
+    workers = default_workers(config.data.workers, dataset)
+    items = eval_items(dataset, saliency, indices=share_of_rank(len(dataset)), workers=workers)
     network, masks = {}, {}
     with in_words(place, SMALLER_IMAGES):
         if split == "train":
@@ -181,7 +186,9 @@ def evaluate_run(
             masks = evaluate_masks(model, objective, items, device=place)
         else:
             network = evaluate_network(model, items, protocol=protocol or config.eval.protocol, device=place)
-    return summarize(network, masks, data.train.classes)
+    distributed.finish()
+    measured = {"checkpoint": restored.checkpoint.name, "split": split, "images": len(dataset)}
+    return {**measured, **summarize(network, masks, data.train.classes)}
 
 
 def share_of_rank(count: int) -> list[int]:

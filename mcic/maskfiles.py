@@ -9,7 +9,7 @@ from typing import Any
 from mcic import distributed
 from mcic.durable import remove_partials, write_text
 
-SETTINGS, MANIFEST, COCO = "settings.json", "masks.json", "coco.json"
+SETTINGS, MANIFEST, COCO, OVERLAYS = "settings.json", "masks.json", "coco.json", "overlays"
 PARTS = ("labels", "confidence")
 FORMAT = "mcic-masks"
 
@@ -45,7 +45,7 @@ def claim_folder(folder: Path, record: dict[str, Any], *, overwrite: bool) -> No
     if distributed.rank() == 0:
         if overwrite:
             masks = [file for part in PARTS for file in (folder / part).glob("*.png")]
-            for old in (folder / MANIFEST, folder / COCO, *masks):
+            for old in (folder / MANIFEST, folder / COCO, *masks, *(folder / OVERLAYS).glob("*.jpg")):
                 old.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, record)  # first: what follows is ours

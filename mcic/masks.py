@@ -8,6 +8,7 @@ tagged with and background; a refinement follows, and pixels that stay unsure ar
     settings.json         what the masks were made with; an interrupted command continues only with the same
     masks.json            what is in the folder; written last, so that its presence says that the masks are complete
     coco.json             on request, see `mcic.coco_json`
+    overlays/<id>.jpg     on request: the image with its mask, to look at
 
 Sizes are those of the upright images, also where a run read them at another. No ground truth is read for any choice.
 """
@@ -20,7 +21,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +39,13 @@ from mcic.data.images import read_mask
 from mcic.data.palette import voc_palette
 from mcic.evaluate import share_of_rank
 from mcic.inference import at_scale
-from mcic.maskfiles import COCO, FORMAT, MANIFEST, claim_folder, is_written, write_json
+from mcic.maskfiles import COCO, FORMAT, MANIFEST, OVERLAYS, claim_folder, is_written, write_json
 from mcic.metrics import ConfusionMatrix
 from mcic.model import MCIC
 from mcic.pseudo import IGNORE, cam_scores, with_background
 from mcic.refine import Method, refine
 from mcic.restore import RestoredRun, restore_run
-from mcic.segmentation import save_image, save_mask
+from mcic.segmentation import Segmentation, save_image, save_mask
 from mcic.tiles import resized
 
 logger = logging.getLogger(__name__)
@@ -57,9 +57,6 @@ UNSURE: dict[str, float] = {"none": 0.6, "pamr": 0.6, "crf": 0.9}
 (docs/photos.md), half of the pixels below 0.9 were wrong, of the others 3 to 5 in a hundred."""
 
 PROGRESS_SECONDS = 10.0
-
-TIMEOUT = timedelta(hours=24)
-"""how long a rank that has made its share waits for the others"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +84,18 @@ class MaskSettings:
 
 
 def write_masks(
-    run: Path, settings: MaskSettings, *, out: Path | None = None, coco: bool = False, overwrite: bool = False,
-    device: str | None = None,
+    run: Path, settings: MaskSettings, *, checkpoint: str = "newest", out: Path | None = None, coco: bool = False,
+    overlays: bool = False, overwrite: bool = False, device: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the masks of a run's images; under torchrun every rank makes its share.
 
     Args:
         run: the run folder.
         settings: what decides over the masks.
+        checkpoint: as for `restore_run`.
         out: folder for the masks, made if need be; None: `masks` in the run folder.
         coco: also write `coco.json`.
+        overlays: also draw each mask over its image.
         overwrite: make masks that are there anew; else finished ones are kept.
         device: as `run.device`; None: the run's own.
 
@@ -105,11 +104,11 @@ def write_masks(
         `labelled` (percent of the pixels that are not ignored), for information.
 
     Raises:
-        ValueError: no run with a checkpoint, a source that it does not have, images that cannot be read, a folder with
-            other files, or with masks of other settings, weights or data and not `overwrite`.
+        ValueError: no run with that checkpoint, a source that it does not have, images that cannot be read, a folder
+            with other files, or with masks of other settings, weights or data and not `overwrite`.
     """
-    restored = restore_run(run, device=device)
-    distributed.initialize(restored.device, TIMEOUT)
+    restored = restore_run(run, checkpoint=checkpoint, device=device)
+    distributed.initialize(restored.device)
     settings = _complete(settings, restored)
     dataset = getattr(restored.data, settings.split)
     folder = run / "masks" if out is None else out
@@ -124,6 +123,8 @@ def write_masks(
         logger.info("%d masks to make%s → %s", len(missing), f", {kept} are there" if kept else "", folder)
     _make(restored, settings, folder, [missing[place] for place in share_of_rank(len(missing))])
     measured = _measure(dataset, folder, restored.device)
+    if overlays:
+        _draw(dataset, folder)
     manifest = {
         "format": FORMAT, "version": __version__, "run": str(run), "settings": record, "count": len(dataset),
         "classes": ["background", *dataset.classes], "palette": dataset.palette.tolist(),
@@ -194,10 +195,13 @@ def decide(probabilities: Tensor, *, unsure: float) -> tuple[Tensor, Tensor]:
 
 
 def _made_from(checkpoint: Path, dataset: Dataset) -> dict[str, str]:
-    """The checkpoint, and digests of its weights and of what the data set says of the images."""
+    """The checkpoint, and digests of its weights and of the images: what the data set says of them, and their files."""
     files = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_bytes())["files"]
     data = hashlib.sha256(json.dumps([dataset.ids, dataset.classes, dataset.long_side]).encode())
     data.update(np.ascontiguousarray(dataset.tags).tobytes())
+    for path in filter(None, map(dataset.path, range(len(dataset)))):
+        state = path.stat()
+        data.update(f"{state.st_size} {state.st_mtime_ns}".encode())
     weights = files["model.safetensors"]["sha256"]
     return {"checkpoint": checkpoint.name, "weights": weights, "data": data.hexdigest()}
 
@@ -277,3 +281,15 @@ def _measure(dataset: Dataset, folder: Path, device: torch.device) -> dict[str, 
     confusion.reduce()
     labelled, total = distributed.sum_(pixels).tolist()
     return {"mask_miou": confusion.miou(), "labelled": 100 * labelled / max(total, 1)}
+
+
+def _draw(dataset: Dataset, folder: Path) -> None:
+    """Lay the masks on disk over their images, this rank's share of those that are not drawn."""
+    names = ("background", *dataset.classes)
+    for index in share_of_rank(len(dataset)):
+        path = folder / OVERLAYS / f"{dataset.ids[index]}.jpg"
+        if path.is_file():
+            continue
+        label = read_mask(folder / "labels" / f"{dataset.ids[index]}.png")
+        drawn = Segmentation(label, np.ones(()), names, dataset.palette, dataset.image(index)).overlay()
+        save_image(Image.fromarray(drawn), path, format="JPEG", quality=90)

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,9 +49,6 @@ LABELS, OVERLAYS, CONFIDENCE = "labels", "overlays", "confidence"
 SETTINGS = "predictions.json"
 _FILES = {LABELS: ".png", OVERLAYS: ".jpg", CONFIDENCE: ".png"}
 _PROGRESS_INTERVAL = 10.0  # seconds
-
-TIMEOUT = timedelta(hours=24)
-"""how long a rank that has done its share waits for the others"""
 
 
 @dataclass(frozen=True, slots=True)

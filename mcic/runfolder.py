@@ -103,8 +103,8 @@ def read_run(path: Path) -> RunFolder:
         path=path,
         config=read_document(path / "config.yaml", dict),
         env=read_document(path / "env.json", dict),
-        metrics=_read_lines(path / "metrics.jsonl"),
-        evaluations=_read_lines(path / "evaluations.jsonl"),
+        metrics=read_lines(path / "metrics.jsonl"),
+        evaluations=read_lines(path / "evaluations.jsonl"),
         summary=_read_shaped(path / "summary.json", dict, _SUMMARY),
         examples=_read_shaped(path / EXAMPLES / "index.json", list, _EXAMPLES),
         readings=_read_shaped(path / EXAMPLES / "readings.json", dict, _READINGS),
@@ -171,7 +171,7 @@ def _flaw(value: Any, shape: Shape, name: str = "it") -> str:
     return next((flaw for entry, inner, key in parts if (flaw := _flaw(entry, inner, key))), "")
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """One object a line, by step; of the steps that a resumed run repeated, the last counts."""
     if not path.is_file():
         return []

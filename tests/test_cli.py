@@ -163,18 +163,20 @@ class TestMain:
         def evaluate_run(run, **options):
             asked.update(run=run, **options)
             per_class = {"val": [50.0, None]}
-            return {"val/miou": 61.234, "classes": ["background", "cat"], "per_class": per_class, "seconds": 3}
+            measured = {"checkpoint": "step-00000009", "split": "val", "images": 7}
+            return {**measured, "val/miou": 61.234, "classes": ["background", "cat"], "per_class": per_class}
 
         library("mcic.evaluate", evaluate_run=evaluate_run)
-        flags = ["--protocol", "voc", "--split", "train", "--device", "cpu"]
+        flags = ["--protocol", "voc", "--split", "train", "--checkpoint", "best", "--device", "cpu"]
         assert main(["evaluate", str(tmp_path), *flags]) == 0
-        assert asked == {"run": tmp_path, "protocol": "voc", "split": "train", "device": "cpu"}
+        asked_for = {"checkpoint": "best", "protocol": "voc", "split": "train", "device": "cpu"}
+        assert asked == {"run": tmp_path, **asked_for}
         cells = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
         assert ["val/miou", "61.23"] in cells
         assert ["background", "50.00", "val"] in cells
         assert ["cat", "–", "val"] in cells
         assert main(["evaluate", str(tmp_path)]) == 0
-        assert asked == {"run": tmp_path, "protocol": None, "split": "val", "device": None}
+        assert asked == {"run": tmp_path, "checkpoint": "newest", "protocol": None, "split": "val", "device": None}
 
     def test_report(self, library, tmp_path, capsys):
         (tmp_path / "config.yaml").touch()

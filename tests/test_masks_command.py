@@ -23,10 +23,12 @@ from mcic.cli import run as run_command
 from mcic.cli.masks import main
 from mcic.coco_json import coco_instances, encode_rle
 from mcic.data.folder import Folder
+from mcic.data.images import read_mask
 from mcic.data.targets import SavedMasks
 from mcic.inference import dense_protocol
 from mcic.maskfiles import claim_folder, write_json
 from mcic.masks import UNSURE, MaskSettings, decide, soft_masks, write_masks
+from mcic.preview import overlay
 from mcic.pseudo import with_background
 from mcic.restore import restore_run
 from mcic.runfolder import read_document
@@ -324,7 +326,7 @@ def test_two_ranks_make_what_one_makes(run, tmp_path):
 
 def test_ground_truth_is_admitted(run, tmp_path, monkeypatch):
     uses = dataclasses.replace(restore_run(run, device="cpu"), ground_truth_used=True)
-    monkeypatch.setattr(masks_module, "restore_run", lambda folder, *, device: uses)
+    monkeypatch.setattr(masks_module, "restore_run", lambda folder, **_: uses)
     assert write_masks(run, FAST, out=tmp_path / "masks")["ground_truth_used"] is True
     assert json.loads((tmp_path / "masks" / "masks.json").read_text())["ground_truth_used"] is True
 
@@ -367,6 +369,29 @@ def test_corrected_tags_ask_for_new_masks(run, tmp_path, capsys):
     assert "holds masks of other images, classes or tags" in capsys.readouterr().err
     assert command(copy, *QUICK, "--overwrite") == 0
     assert 2 not in np.unique(pixels(copy / "masks")["labels/train_0.png"])
+
+
+def test_a_replaced_photograph_asks_for_new_masks(run, tmp_path, capsys):
+    copy, root = copy_of_run(run, tmp_path)
+    assert command(copy, *QUICK) == 0
+    shutil.copy(root / "train" / "images" / "train_1.jpg", root / "train" / "images" / "train_0.jpg")
+    capsys.readouterr()
+    assert command(copy, *QUICK) == 2
+    assert "holds masks of other images, classes or tags" in capsys.readouterr().err
+
+
+def test_overlays_are_of_the_masks_that_are_there(run, restored, tmp_path):
+    out, data = tmp_path / "masks", restored.data.train
+    assert command(run, "--out", out, *QUICK) == 0
+    assert not (out / "overlays").exists()
+    assert command(run, "--out", out, *QUICK, "--overlays") == 0  # the masks stay
+    for index, name in enumerate(data.ids):
+        picture = overlay(data.image(index), read_mask(out / "labels" / f"{name}.png"), data.palette)
+        save_image(Image.fromarray(picture), tmp_path / "picture.jpg", format="JPEG", quality=90)
+        assert (out / "overlays" / f"{name}.jpg").read_bytes() == (tmp_path / "picture.jpg").read_bytes()
+    before = (out / "overlays" / f"{data.ids[0]}.jpg").read_bytes()
+    assert command(run, "--out", out, *QUICK[:-1], "1", "--overwrite", "--overlays") == 0
+    assert (out / "overlays" / f"{data.ids[0]}.jpg").read_bytes() != before
 
 
 @pytest.mark.parametrize("content", ["[]", "{", ""])

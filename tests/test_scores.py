@@ -1,10 +1,16 @@
 """What the scores are of: which prediction, which tags, which mask."""
 
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from runs import short
 from test_method import make
 
+from mcic.cli import main
 from mcic.data import EvalItem
 from mcic.evaluate import evaluate_masks, evaluate_network, evaluate_run
 from mcic.model import Augmented, Prediction
@@ -36,9 +42,66 @@ def test_scores_are_of_what_the_summary_says():
     }  # fmt: skip
 
 
-def test_the_train_split_is_scored_again(tmp_path):
-    summary = Trainer(short(tmp_path / "run", train={"epochs": 1}, method={"pool_threshold": 0.2})).fit()
-    again = evaluate_run(tmp_path / "run", split="train")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two epochs, evaluated after each."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    Trainer(short(folder, method={"pool_threshold": 0.2}, eval={"every": 1})).fit()
+    return folder
+
+
+def test_the_train_split_is_scored_again(run):
+    summary = json.loads((run / "summary.json").read_text())
+    again = evaluate_run(run, split="train")
     scores = {name: value for name, value in summary.items() if name.startswith("train/mask")}
     assert len(scores) == 8
     assert {name: again[name] for name in scores} == pytest.approx(scores)
+    assert again["images"] == summary["mask_images"] == 4
+
+
+def test_any_checkpoint_is_scored(run):
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    scores = {f"step-{line['step']:08d}": line["val/miou"] for line in lines}
+    assert len(set(scores.values())) == 2
+    for name, score in scores.items():
+        assert evaluate_run(run, checkpoint=name)["val/miou"] == pytest.approx(score)
+    assert evaluate_run(run)["checkpoint"] == max(scores)
+    assert evaluate_run(run, checkpoint="best")["checkpoint"] == max(scores, key=scores.__getitem__)
+    with pytest.raises(ValueError, match=r"--checkpoint must be newest, best or one of step-0.*, got 'step-7'"):
+        evaluate_run(run, checkpoint="step-7")
+
+
+def test_without_evaluations_no_checkpoint_is_the_best(tmp_path):
+    Trainer(short(tmp_path / "run", train={"epochs": 1}, eval={"mask_images": 0})).fit()
+    assert evaluate_run(tmp_path / "run", checkpoint="best")["checkpoint"] == "step-00000004"
+    (tmp_path / "run" / "evaluations.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"was evaluated on val, so none is the best"):
+        evaluate_run(tmp_path / "run", checkpoint="best")
+
+
+def test_two_ranks_score_what_one_does(run, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    code = "import sys; from mcic.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "evaluate", str(run), "--json", str(tmp_path / "scores.json")]
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("val/miou ") == 1
+    assert json.loads((tmp_path / "scores.json").read_text()) == evaluate_run(run)
+
+
+def test_scores_go_where_a_program_reads_them(run, tmp_path, capsys):
+    assert main(["evaluate", str(run), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 4
+    tags = tmp_path / "tags.json"
+    tags.write_text('{"a.jpg": ["cat"]}')
+    assert main(["evaluate", str(run), "--json", str(tags)]) == 2
+    assert "is a file of another kind" in capsys.readouterr().err
+    assert tags.read_text() == '{"a.jpg": ["cat"]}'
+
+
+def test_a_run_whose_data_moved_says_where_to_write_it(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("name: shapes", "name: folder"))
+    with pytest.raises(ValueError, match=r"where data moved, edit .*config.yaml"):
+        evaluate_run(tmp_path / "run")

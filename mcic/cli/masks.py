@@ -39,8 +39,12 @@ class MasksArgs:
     """ignore pixels whose winning class is less probable, 0…1; None: 0.9 after crf, else 0.6"""
     coco: bool = False
     """also write coco.json: the regions as run lengths"""
+    overlays: bool = False
+    """also overlays/: each image with its mask, to look at"""
     overwrite: bool = False
     """make masks anew that are there"""
+    checkpoint: str = "newest"
+    """newest | best: on val, of those that were evaluated (--eval.every) | step-…: a name in RUN/checkpoints"""
     device: str | None = None
     """auto | cpu | cuda | cuda:N; None: the run's own"""
 
@@ -58,7 +62,8 @@ def main(argv: list[str]) -> None:
         unsure=args.unsure,
     )  # fmt: skip
     manifest = write_masks(
-        run, settings, out=args.out, coco=args.coco, overwrite=args.overwrite, device=args.device
+        run, settings, checkpoint=args.checkpoint, out=args.out, coco=args.coco, overlays=args.overlays,
+        overwrite=args.overwrite, device=args.device,
     )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
         print_table(f"{run.name} · masks of {settings.split}", _rows(manifest, args.out or run / "masks"))

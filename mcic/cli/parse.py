@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,28 @@ def run_folder(path: Path) -> Path:
         return path
     beside = [folder.parent.name for folder in path.parent.glob("*/config.yaml")]
     raise ValueError(f"{path} is no run folder: expected a config.yaml in it{nearest(path.name, beside)}")
+
+
+def json_file(word: str | None, *, holds: tuple[str, ...]) -> Path | None:
+    """The file that --json names; None for none and for -, which prints.
+
+    Raises:
+        ValueError: it does not end with .json, its folder is not there, or it is a file without the entries `holds`,
+            which an earlier one of these would have.
+    """
+    if word in (None, "-"):
+        return None
+    file = Path(word)
+    if file.suffix != ".json" or not file.parent.is_dir():
+        raise ValueError(f"--json takes - or a file that ends with .json in a folder that exists, got {word}")
+    if file.exists():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or not set(holds) <= found.keys():
+            raise ValueError(f"--json {word} is a file of another kind, which would be lost: choose another name")
+    return file
 
 
 def score_rows(scores: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     from mcic import distributed
     from mcic.log import print_table, setup_logging
     from mcic.predict import load
-    from mcic.predictions import TIMEOUT, find_images, predict_files, tags_of_images
+    from mcic.predictions import find_images, predict_files, tags_of_images
 
     setup_logging()
     images = find_images(args.images, out=args.out)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         args.model, device=args.device, precision=args.precision, protocol=args.protocol, tile=args.tile,
         long_side=args.long_side,
     )  # fmt: skip
-    distributed.initialize(predictor.device, TIMEOUT)
+    distributed.initialize(predictor.device)
     outcome = predict_files(
         predictor, images, args.out, tags=tags, overlays=args.overlays, confidence=args.confidence,
         overwrite=args.overwrite,
