@@ -163,16 +163,18 @@ class Objective:
         if self.method.supervision == "masks":
             return self._given_masks(prediction, batch)
         contexts, augmented = self._context_branch(model, prediction, batch, valid)
-        terms = {"loss/classification": self._classification(prediction, batch.tags, valid)}
         fine = self._on_mask_grid(prediction), augmented and self._on_mask_grid(augmented)
         masks = self.masks(*fine, batch.tags, batch.saliency, self._valid(batch, fine[0].logits), batch.images)
-        segmentation = self._segmentation(*fine, masks, terms, ramp)
-        total = terms["loss/classification"] + ramp * self.method.segmentation_weight * segmentation
+        segmentation, parts = self._segmentation(*fine, masks, ramp)
+        losses = {  # name → (this rank's share of it, its weight)
+            "classification": (self._classification(prediction, batch.tags, valid), 1),
+            "segmentation": (segmentation, ramp * self.method.segmentation_weight),
+        }
         if augmented is not None:
-            terms["loss/entropy"] = entropy_loss(augmented.entropy, valid, count=distributed.sum_(valid.sum()))
-            total = total + ramp * self.method.entropy_weight * terms["loss/entropy"]
-        terms["loss/segmentation"] = segmentation
-        terms["loss/total"] = total
+            entropy = entropy_loss(augmented.entropy, valid, count=distributed.sum_(valid.sum()))
+            losses["entropy"] = (entropy, ramp * self.method.entropy_weight)
+        total = sum(weight * loss for loss, weight in losses.values())
+        terms = {f"loss/{name}": loss for name, (loss, _) in losses.items()} | parts | {"loss/total": total}
         figures = self._figures(prediction, augmented, masks, model)
         return StepOutput(total, {k: v.detach() for k, v in (terms | figures).items()}, contexts)
 
@@ -205,19 +207,18 @@ class Objective:
         )
 
     def _segmentation(
-        self, prediction: Prediction, augmented: Augmented | None, masks: Masks, terms: dict[str, Tensor],
-        ramp: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Σ over the supervising masks of L_seg(s, ·) + L_seg(s̃, ·); adds each to `terms`."""
+        self, prediction: Prediction, augmented: Augmented | None, masks: Masks, ramp: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Σ over the supervising masks of L_seg(s, ·) + L_seg(s̃, ·), and each of them by the name of its term."""
         names, chosen = masks.chosen(self.method.masks)
         context_logits = None if augmented is None else augmented.logits
         counts = distributed.sum_(labelled_pixels(chosen))
         losses = segmentation_losses(prediction.logits, context_logits, chosen, counts=counts, backend=self.backend)
-        for branch, row in zip("sc", losses, strict=False):
-            terms |= {f"loss/{branch}_{name}": loss for name, loss in zip(names, row, strict=True)}
+        branches = zip("sc", losses, strict=False)
+        parts = {f"loss/{b}_{name}": loss for b, row in branches for name, loss in zip(names, row, strict=True)}
         cam_factor = torch.clamp(1 - ramp, min=self.method.cam_floor)
         factors = [cam_factor if name == "cam" else torch.ones_like(ramp) for name in names]
-        return (losses * torch.stack(factors)).sum()
+        return (losses * torch.stack(factors)).sum(), parts
 
     def _full(self, prediction: Prediction, batch: Batch, valid: Tensor, ramp: Tensor) -> StepOutput:
         """Ground-truth masks in the place of M, M' and M'', weighted as they are together."""

@@ -299,8 +299,7 @@ def test_objective(device, chosen, with_context):
     }
     total = sum(loss * (0.7 if name.endswith("cam") else 1) for name, loss in expected.items())
     for backend in ("triton", "reference"):
-        terms = {}
-        found = Objective(method, backend=backend)._segmentation(prediction, augmented, Masks(masks), terms, ramp)
+        found, terms = Objective(method, backend=backend)._segmentation(prediction, augmented, Masks(masks), ramp)
         torch.testing.assert_close(found, total)
         torch.testing.assert_close(terms, expected)
 
