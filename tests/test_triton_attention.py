@@ -46,7 +46,7 @@ def attention_case(
     device, *, reads=READS, counts=None, dtype=torch.float32, heads=None, pixels=3, channels=48, out=16, slots=None
 ):
     """Inputs of the attention, with NaN around the query and in every slot that holds nothing."""
-    step = row_limit(device, dtype) // STEPS
+    step = row_limit(device, dtype) // STEPS.value
     counts = [1, step, step // 2, step + step // 2, 0] if counts is None else counts
     slots = max(counts) if slots is None else slots
     lead = () if heads is None else (heads,)

@@ -69,6 +69,9 @@ __device__ int count_arrivals(const RingPush& push, int k) {
   return arrivals;
 }
 
+// One block per class, two passes over the labels. The first only counts: which rows stay, the last `slots` of the push,
+// depends on how many there are. The second numbers them, writes their ids and copies them; the barriers in
+// `number_chosen` also keep `rows` until every thread has copied.
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush push) {
   __shared__ int warp_counts[kThreads / kWarp];

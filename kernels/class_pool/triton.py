@@ -69,6 +69,12 @@ def class_pool_fwd_winners_kernel(
     N, K, stride_cb, stride_ck, stride_cn, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Score and winner of a block of pixels of image i_b.
+
+    Every program finds the spatial maxima of the image's own classes anew, N²/BLOCK_N reads in all, which the cache
+    answers: that is less than a launch of their own. Division is correctly rounded, as the reference's is: a tie is
+    broken by class, and rounded otherwise equal scores would differ.
+    """
     i_n, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b_position, num_own = _positions(class_mask, i_b, K, BLOCK_K)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -110,6 +116,11 @@ def class_pool_fwd_kernel(
     EPS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A strip of channels of image i_b, pooled.
+
+    The loop over classes runs to K, in the order "own classes first", so that absent ones get their zeros; the loop
+    over pixels is empty for them.
+    """
     i_d, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
@@ -163,6 +174,7 @@ def class_pool_bwd_kernel(
     stride_fn, AUTHORS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A block of pixels and channels of image i_b: df_j = Σ_k (w_kj / Σ w_k) dc_k, its own classes alone."""
     i_n, i_d, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -14,13 +14,13 @@ from torch import Tensor
 from ..configs import config
 from .entries import class_sizes, entry_rows, num_entries
 
-STEPS = 4  # the row kernels take up to STEPS · STEP entries
+STEPS = tl.constexpr(4)  # the row kernels take up to STEPS · STEP entries: two blocks of 2 · STEP
 BLOCK_K = 32
 
 
 def row_limit(device: torch.device, dtype: torch.dtype) -> int:
     """Most entries per image that the row kernels take; the streaming kernels take the other images."""
-    return STEPS * config("sparse_attention_rows_fwd_kernel", device, dtype)["STEP"]
+    return STEPS.value * config("sparse_attention_rows_fwd_kernel", device, dtype)["STEP"]
 
 
 @triton.jit
@@ -208,10 +208,10 @@ def sparse_attention_rows_fwd_kernel(
     SPARSE: tl.constexpr, STEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of pixels of image i_b in head i_h; nothing where the image reads more than 4 · STEP entries."""
+    """One block of pixels of image i_b in head i_h; nothing where the image reads more than STEPS · STEP entries."""
     i_n, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if starts_ptr is not None and i_n + i_h == 0:
-        _store_starts(starts_ptr, class_mask_ptr, counts_ptr, i_b, K, S, 4 * STEP, BLOCK_K)
+        _store_starts(starts_ptr, class_mask_ptr, counts_ptr, i_b, K, S, STEPS * STEP, BLOCK_K)
     n = num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K)
 
     i_head = i_h.to(tl.int64)
@@ -252,7 +252,7 @@ def sparse_attention_rows_fwd_kernel(
                 message_ptr, entropy_ptr, attention_ptr, stats_ptr, stats_plane, scale, threshold,
                 i_b, o_half, N, D, E, K, S, R, SPARSE, STEP, STEP, BLOCK_D, BLOCK_E, BLOCK_K, PRECISION,
             )  # fmt: skip
-    elif n <= 4 * STEP:
+    elif n <= STEPS * STEP:
         for i_quarter in range(4):
             o_quarter = i_n * BLOCK_N + i_quarter * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             _forward_block(

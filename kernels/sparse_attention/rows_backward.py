@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..configs import config
 from .entries import entry_rows, num_entries
-from .rows import BLOCK_K, row_mask, row_products, store_combination, store_zeros
+from .rows import BLOCK_K, STEPS, row_mask, row_products, store_combination, store_zeros
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def _log2(b_x):
-    """The hardware's approximation, exact to 2^-22 absolute: the library's takes ten times the registers."""
+    """The hardware's approximation: within 2^-22 between 0.5 and 2, elsewhere within 2^-22 of the value. The library's
+    takes ten times the registers."""
     if INTERPRETED:
         return tl.log2(b_x)
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1)
@@ -27,10 +28,14 @@ def _log2(b_x):
 
 @triton.jit
 def _load_beside(attention_ptr, b_da, o_n, o_j, N, n, R, CACHE: tl.constexpr):
-    """The row block of a that belongs to `b_da`, fp32, in the registers that `b_da` has.
+    """The row block of a that belongs to `b_da`, fp32, in the layout of `b_da`.
 
-    Left alone, the compiler moves fp32 products through shared memory and not the 16-bit values loaded. Cache
-    modifiers that differ keep it from holding one load's values until their second use.
+    `b_da` lies in registers as the tensor cores leave it, what is loaded as a coalesced load has it, and an operation
+    on both needs one layout. Left alone, the compiler moves the fp32 products to the other, through shared memory. The
+    `mov` ties a to `b_da`, which it never reads: so it is the 16-bit values of a that move.
+
+    a is needed twice. Loads whose cache modifiers differ are not merged into one, whose values would stay in registers
+    in between.
     """
     p_a = attention_ptr + (tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * R + o_j[None, :])
     b_a = tl.load(p_a, mask=row_mask(o_j, n)[None, :], other=0.0, cache_modifier=CACHE).to(tl.float32)
@@ -162,7 +167,7 @@ def sparse_attention_rows_bwd_scores_kernel(
                 inverse_ptr, entropy_ptr, d_entropy_ptr, d_scores_ptr, d_query_ptr, scale,
                 i_b, o_half, N, D, E, K, S, R, STEP, STEP, BLOCK_D, BLOCK_E, BLOCK_K, PRECISION,
             )  # fmt: skip
-    elif n <= 4 * STEP:
+    elif n <= STEPS * STEP:
         for i_quarter in range(4):
             o_quarter = i_n * BLOCK_N + i_quarter * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             _scores_block(
@@ -264,7 +269,7 @@ def sparse_attention_rows_bwd_partial_kernel(
     """Sums over the pixels of image i_b in head i_h: the key channels' tiles, then the values', then the bias."""
     i_t, i_b, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = num_entries(class_mask_ptr, counts_ptr, i_b, K, S, BLOCK_K)
-    if n > 4 * STEP:
+    if n > STEPS * STEP:
         n = 0
     i_image = i_h.to(tl.int64) * tl.num_programs(1) + i_b
     if i_t < key_tiles:
