@@ -22,7 +22,14 @@ def build_info() -> BuildInfo:
 def load(path: str | Path, **settings: Any) -> Predictor:
     """The network of a run or of an exported folder: `mcic.load(path).predict("photo.jpg").save("mask.png")`.
 
-    `settings` are those of `mcic.predict.load`: device, precision, protocol, tile, long_side.
+    Args:
+        path: a run folder, or one that `mcic export` wrote.
+        settings: as for `mcic.predict.load`. device: auto | cpu | cuda | cuda:N. precision: fp32 | bf16 | fp16.
+            protocol: single | voc | authors. tile: the largest side that is predicted at once, pixels. long_side: what
+            an image's longer side is brought to, pixels, 0 for its own; unset: as in training.
+
+    Raises:
+        ValueError: no such folder, no finished network in it, or no such device.
     """
     from mcic import predict  # loads PyTorch
 

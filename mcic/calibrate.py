@@ -1,4 +1,4 @@
-"""Choosing the CAM mask's threshold for one's own images: without any mask, or with a few annotated ones.
+"""Choosing how much of one's own images the CAM mask gives to objects, by α or T_a: without masks, or with a few.
 
 Without masks two things are measured and multiplied: the mutual information between a mask's labels and the colours of
 its image, which is large where object and surroundings are told apart, and the contrast of the image along the mask's
@@ -94,7 +94,7 @@ def edge_contrast(labels: np.ndarray, pixels: np.ndarray) -> float:
 
 
 def calibrate(folder: Path, *, masks: Path | None = None, device: str | None = None) -> Calibration:
-    """Compare values of the CAM mask's threshold on the training images of a run, and keep the best one.
+    """Compare values of α, or of T_a, on the training images of a run, and keep the best one.
 
     Args:
         folder: of a run; `calibration.json` is written there.
@@ -142,14 +142,14 @@ def calibrated_field(config: Config) -> str:
 
 
 def apply_calibration(config: Config, *, stored: Config | None = None) -> Config:
-    """The configuration with the threshold of its `data.calibration`, if it names one.
+    """The configuration with what its `data.calibration` chose, if it names one.
 
     Args:
         config: resolved.
-        stored: of the run that goes on; with the same calibration its threshold counts, whatever the file says now.
+        stored: of the run that goes on; with the same calibration its value counts, whatever the file says now.
 
     Raises:
-        ValueError: the file is not there, not what `calibrate` wrote, or of a threshold that these rules do not use.
+        ValueError: the file is not there, not what `calibrate` wrote, or of a setting that decides nothing here.
     """
     if config.data.calibration is None:
         return config

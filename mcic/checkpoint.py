@@ -303,7 +303,8 @@ def save_network(
         "segmentation_head": spec.segmentation_head, "num_classes": spec.num_classes, "classes": list(classes),
         "palette": [list(map(int, color)) for color in palette], "long_side": long_side,
         "ground_truth_used": ground_truth_used,
-        "input": "RGB / 255, ImageNet mean (0.485, 0.456, 0.406) taken out, over deviation (0.229, 0.224, 0.225)",
+        "input": "RGB / 255, minus the mean (0.485, 0.456, 0.406), divided by the standard deviation "
+                 "(0.229, 0.224, 0.225) of ImageNet",
     }  # fmt: skip
     weights = folder / f"{NETWORK}.safetensors"
     write_with(weights, lambda path: write_tensors(network.state_dict(), path))

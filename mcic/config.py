@@ -42,7 +42,7 @@ class DataConfig:
     masks: str | None = None
     """folder that `mcic masks` wrote: the targets of --method.supervision masks"""
     calibration: str | None = None
-    """run or file of `mcic calibrate` whose threshold replaces that of the method"""
+    """run or file of `mcic calibrate`: what it chose replaces that setting of the method"""
     long_side: int | None = 0
     """pixels that the longer side of every image is brought to when read; 0: as it is; unset: from the data"""
     val_share: float = 0.2
@@ -165,7 +165,7 @@ class MethodConfig:
             value = getattr(self, name)
             _require(0 <= value <= 1, f"method.{name.replace('_', '-')}", "between 0 and 1", value)
         for name in ("slots", "heads", "mask_upsampling"):
-            _require(getattr(self, name) >= 1, f"method.{name}", "1 or more", getattr(self, name))
+            _require(getattr(self, name) >= 1, f"method.{name.replace('_', '-')}", "1 or more", getattr(self, name))
         for name in ("background_power", "segmentation_weight", "ramp_epochs", "entropy_weight"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < math.inf, f"method.{name.replace('_', '-')}", "0 or more", value)
@@ -212,9 +212,9 @@ class TrainConfig:
     lr: float = 1e-3
     """learning rate of the pretrained layers"""
     new_layer_lr: float = 10.0
-    """factor of the learning rate for layers that start from scratch"""
+    """factor, no rate: layers that start from scratch learn at it times lr"""
     momentum: float = 0.9
-    """momentum; of adamw its first average, β₁"""
+    """momentum; of adamw β₁"""
     weight_decay: float = 5e-4
     """L2 penalty; of adamw decoupled"""
     lr_schedule: Literal["step", "epoch"] | None = None
@@ -232,13 +232,13 @@ class TrainConfig:
     scale: tuple[float, float] = (0.5, 1.5)
     """range of the random scale"""
     flip: bool = True
-    """mirror half of the images"""
+    """flip half of the images horizontally"""
     color_jitter: float = 0.0
     """strength of random brightness, contrast and saturation, 0…1"""
     precision: Literal["fp32", "bf16", "fp16"] | None = "fp32"
     """arithmetic of the forward pass; weights and the bank stay fp32; unset: bf16 where a GPU has it"""
     compile: bool = False
-    """torch.compile the network"""
+    """torch.compile the backbone"""
     cuda_graph: bool = False
     """record the update as a CUDA graph: one launch a step (one GPU; fp32 or bf16)"""
     deterministic: bool = False

@@ -33,8 +33,9 @@ CPU_BATCH = 8
 def settle(config: Config, train: Dataset, device: torch.device) -> Config:
     """Fill what is unset from the training images and the machine, and say what was chosen.
 
-    - `data.long_side`: the middle image's longer side, at least 336 and at most 512: all images get one size.
-    - `train.size`: the crop nearest to the middle image's shorter side, as it is read, that features tile; at most 321.
+    - `data.long_side`: the median of the images' longer sides, at least 336 and at most 512: all images get one size.
+    - `train.size`: the crop nearest to the median of the shorter sides, as they are read, that features tile; at most
+      321.
     - `train.precision`: bf16 on a GPU that computes in it, else fp32.
     - `train.batch_size`: 16 on a GPU and 8 on a CPU, halved until the activations of a training step, measured on one
       image, take at most half of the free memory and the images fill at least four batches.

@@ -242,7 +242,7 @@ class Predictor:
                 yield (slice(place, place + 1), rows, columns), scores[None]
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, h, w] → f32, ImageNet's mean taken out and divided by its deviation, on the device."""
+        """uint8 [b, 3, h, w] → f32, minus ImageNet's mean, divided by its standard deviation, on the device."""
         images = images.to(self.device).float().contiguous(memory_format=torch.channels_last)
         return images.sub_(self._mean).div_(self._std)
 

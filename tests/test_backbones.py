@@ -308,6 +308,9 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"is damaged.*delete it"):
         build_backbone("tiny", weights="imagenet")
+    monkeypatch.setitem(weights_module._URLS, "tiny", "https://example.org/tiny.pth")
+    with pytest.raises(ValueError, match=r"must end in - and the start of its SHA-256, here -[0-9a-f]{8}"):
+        build_backbone("tiny", weights="imagenet")
 
 
 def test_efficientnet_is_the_packages_network():

@@ -1,4 +1,4 @@
-"""`mcic calibrate RUN`: choose the CAM mask's threshold."""
+"""`mcic calibrate RUN`: choose how much of an image the CAM mask gives to objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from mcic.cli.parse import parse, run_folder
 
 @dataclass(kw_only=True, slots=True)
 class CalibrateArgs:
-    """Choose the CAM mask's threshold for a run's images; without --masks no ground truth is looked at."""
+    """Choose how much of a run's images the CAM mask gives to objects; without --masks no ground truth is looked at.
+
+    That is α of the background row (--method.background-power), or T_a (--method.cam-threshold) where the published row
+    reads a saliency map (--method.cam-background authors).
+    """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """the run's folder; calibration.json is written there"""

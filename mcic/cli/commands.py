@@ -12,7 +12,7 @@ COMMANDS = {
     "train": ("[PRESET] [--group.field VALUE …]", "train, evaluate and report: as python train.py"),
     "doctor": ("DIR [--json FILE|-]", "examine a folder of photographs: what a run would use, drop and cost"),
     "evaluate": ("RUN", "score a run's network on a split of its data"),
-    "calibrate": ("RUN [--masks DIR]", "choose the CAM mask's threshold, without masks or with a few"),
+    "calibrate": ("RUN [--masks DIR]", "choose how much the CAM mask gives to objects, without masks or with a few"),
     "masks": ("RUN", "masks of the training images, from their tags, refined"),
     "retrain": ("RUN [--group.field VALUE …]", "train a plain network on the masks of mcic masks RUN"),
     "predict": ("MODEL IMAGES… --out DIR", "masks, pictures and class areas of new images"),

@@ -119,7 +119,7 @@ class Batch:
     """B augmented images as tensors.
 
     Attributes:
-        images: f32 [B, 3, H, W], ImageNet mean and deviation taken out.
+        images: f32 [B, 3, H, W], minus ImageNet's mean, divided by its standard deviation.
         tags: bool [B, L].
         saliency: f32 [B, H, W] in 0…1, 1 salient, or None.
         masks: uint8 [B, H, W] to be trained with, 255 where there is none; None where tags supervise.

@@ -155,7 +155,7 @@ def read_map(source: str | Path | BinaryIO) -> np.ndarray:
 
 
 def normalize(image: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] → f32 [3, H, W] in 0…1, ImageNet's mean taken out and divided by its deviation."""
+    """uint8 [H, W, 3] → f32 [3, H, W] in 0…1, minus ImageNet's mean, divided by its standard deviation."""
     planes = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C"))
     return planes.sub_(_column(IMAGENET_MEAN, 255)).div_(_column(IMAGENET_STD, 255))
 

@@ -57,7 +57,7 @@ class SegmentationNetwork(nn.Module):
         self.trained = tuple(["backbone"] * self.backbone.pretrained + [f"segmentation_head.{name}" for name in taken])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images f32 [B, 3, H, W] (ImageNet mean and deviation taken out) → logits [B, K, h, w]."""
+        """Images f32 [B, 3, H, W] (normalised) → logits [B, K, h, w]."""
         return self.segmentation_head(self.backbone(images))
 
 

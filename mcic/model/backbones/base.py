@@ -35,8 +35,9 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, D, ceil(H / stride), ceil(W / stride)] of images [B, 3, H, W] of any size.
 
-        The images are RGB with ImageNet mean and deviation taken out. Differentiable; the features have the
-        arithmetic's dtype (bf16 under bf16 autocast).
+        The images are RGB minus ImageNet's mean, divided by its standard deviation. Feature (i, j) is centred on pixel
+        (i·stride, j·stride), so that grids fit crops of a multiple of the stride plus 1: padding is symmetric.
+        Differentiable; the features have the arithmetic's dtype (bf16 under bf16 autocast).
         """
         raise NotImplementedError
 

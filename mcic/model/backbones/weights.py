@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,9 @@ def _download(url: str) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     expected = Path(name).stem.rpartition("-")[2]
+    if not re.fullmatch("[0-9a-f]{8,64}", expected):
+        raise ValueError(f"{url}: the name of a file of weights must end in - and the start of its SHA-256, here "
+                         f"-{digest[:8]}")  # fmt: skip
     if not digest.startswith(expected):
         raise ValueError(
             f"{path} is damaged: its SHA-256 starts with {digest[:8]}, not {expected}; delete it and retry"
