@@ -92,7 +92,7 @@ class Costs:
         bank: bytes of the bank with its ids. projections: of bank or pixels, and of the output. read: projections and
             attention, forward only.
         attention: forward, and backward with the gradient that is wanted. attention_memory: bytes of the attention in
-            `element`s, if it is kept. logits: bytes of s and s̃ in `element`s.
+            `element`s, if all its weights are kept. logits: bytes of s and s̃ in `element`s.
     """
 
     gather_received: int
@@ -175,7 +175,7 @@ COLUMNS: dict[str, Callable[[Costs], str]] = {
     "projections": lambda c: operations_of(c.projections),
     "attention": lambda c: operations_of(c.attention),
     "bytes of it": lambda c: size_of(c.attention.bytes),
-    "kept attention": lambda c: size_of(c.attention_memory),
+    "attention weights": lambda c: size_of(c.attention_memory),
     "logits": lambda c: size_of(c.logits),
 }
 
