@@ -170,10 +170,12 @@ def training(backend="auto", dtype=BF16, refinement="none"):
     return model, update, batch, torch.full((), 0.7, device="cuda")
 
 
-@pytest.mark.parametrize("refinement", ["none", "pamr"])
+@pytest.mark.parametrize(
+    "method", [{}, {"refinement": "pamr"}, {"refinement": "pamr", "mask_upsampling": 4}], ids=["plain", "pamr", "fine"]
+)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_step_never_waits_for_the_gpu(backend, refinement):
-    _, update, batch, ramp = training(backend, refinement=refinement)
+def test_a_step_never_waits_for_the_gpu(backend, method):
+    _, update, batch, ramp = training(backend, **method)
     for _ in range(3):
         update(batch, ramp)
     torch.cuda.synchronize()

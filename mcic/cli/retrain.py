@@ -11,7 +11,8 @@ from mcic.retrain import retrain_config
 _USAGE = """usage: mcic retrain RUN [--data.masks DIR] [--group.field VALUE …]
 
 Train a plain segmentation network on the masks that mcic masks RUN wrote; the result is the run folder RUN/retrain.
-Data, network and schedule are those of RUN, and every flag of mcic train changes them (mcic train --help)."""
+Data, network and schedule are those of RUN, and every flag of mcic train changes them (mcic train --help, or mcic
+retrain RUN --help, which shows the values of RUN)."""
 
 
 def main(argv: list[str]) -> None:
