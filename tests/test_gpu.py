@@ -151,10 +151,10 @@ def test_the_current_device_need_not_be_that_of_the_tensors():
     assert relative_error(message.double(), expected.double()) < 1.6e-2
 
 
-def training(backend="auto", dtype=BF16, refinement="none"):
+def training(backend="auto", dtype=BF16, **changes):
     """A small model in training, one batch, and λ."""
     torch.manual_seed(0)
-    method = MethodConfig(attention_threshold=1.0, refinement=refinement).resolved()
+    method = MethodConfig(attention_threshold=1.0, **changes).resolved()
     spec = NetworkSpec("tiny", None, "linear", 6)
     model = MCIC(spec, slots=8, attention_threshold=1.0, pool_threshold=0.1, backend=backend)
     model = model.to("cuda", memory_format=torch.channels_last).train()
