@@ -47,6 +47,7 @@ from mcic.guard import NonFiniteGuard
 from mcic.log import RunLog, environment
 from mcic.measures import summary_rows
 from mcic.meter import Meter
+from mcic.model import MCIC
 from mcic.objective import Objective
 from mcic.ops import describe_backends, rejected_labels
 from mcic.optim import build_optimizer, set_lr
@@ -80,7 +81,7 @@ class Trainer:
         self.start = find_start(config)
         self.folder, self.resumed_from = self.start.folder, self.start.checkpoint
         if self.start.summary is not None:
-            return
+            return  # a finished run, of which `fit` only says so
         seed_everything(config)
         self.data = build_data(config.data)
         self.config = config = self._settled()
@@ -91,16 +92,8 @@ class Trainer:
         if self.saliency is not None:
             self.saliency.check(self.data.train)
         self.loader = self._build_loader()
-        num_classes = len(self.data.train.classes) + 1
-        backend = config.run.backend
-        with in_words(self.device, f"--method.slots {config.method.slots} must be lower, or the backbone smaller"):
-            # The weights that a run began with are not asked for again: they may be gone.
-            weights = config.model.weights if self.resumed_from is None else "none"
-            model_config = dataclasses.replace(config.model, weights=weights)
-            self.model = build_model(model_config, config.method, num_classes=num_classes, backend=backend)
-            self.model.trained = self._begun_trained()
-            self.model.to(self.device, memory_format=torch.channels_last)
-        self.objective = Objective(config.method, backend=backend)
+        self.model = self._build_model()
+        self.objective = Objective(config.method, backend=config.run.backend)
         train = config.train
         self.optimizer = build_optimizer(
             self.model, kind=train.optimizer, lr=train.lr, new_layer_lr=train.new_layer_lr, momentum=train.momentum,
@@ -377,11 +370,21 @@ class Trainer:
             rank=distributed.rank(), world_size=distributed.world_size(), accumulate=train.accumulate,
         )  # fmt: skip
 
-    def _begun_trained(self) -> tuple[str, ...]:
+    def _build_model(self) -> MCIC:
+        config, num_classes = self.config, len(self.data.train.classes) + 1
+        # The weights that a run began with are not asked for again: they may be gone.
+        weights = config.model.weights if self.resumed_from is None else "none"
+        model_config = dataclasses.replace(config.model, weights=weights)
+        with in_words(self.device, f"--method.slots {config.method.slots} must be lower, or the backbone smaller"):
+            model = build_model(model_config, config.method, num_classes=num_classes, backend=config.run.backend)
+            model.trained = self._begun_trained(model)
+            return model.to(self.device, memory_format=torch.channels_last)
+
+    def _begun_trained(self, model: MCIC) -> tuple[str, ...]:
         """Which modules had weights of an earlier training when the run began."""
         backbone, config = ("network.backbone",), self.config
         if self.resumed_from is None:
-            return tuple(dict.fromkeys(self.model.trained + (backbone if config.run.init_from is not None else ())))
+            return tuple(dict.fromkeys(model.trained + (backbone if config.run.init_from is not None else ())))
         return tuple(read_state(self.resumed_from).get("trained", backbone if config.model.weights != "none" else ()))
 
     def _load_state(self) -> None:
