@@ -20,10 +20,18 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG",
 the rest hold no photographs"""
 
 _BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, struct.error, zlib.error, MemoryError,
-    Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, struct.error, zlib.error, MemoryError, Image.DecompressionBombError,
 )  # fmt: skip
 """what Pillow raises for a file that it cannot read"""
+
+_ORIENTATION = 0x0112  # EXIF: 1 upright, 2…4 mirrored or upside down, 5…8 lying
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""what turns an image of each orientation the way a person sees it"""
 
 
 @contextmanager
@@ -40,6 +48,25 @@ def opened(source: str | Path | BinaryIO, what: str) -> Iterator[Image.Image]:
     except _BROKEN as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
         raise ValueError(f"cannot read the {what} {source}: {str(reason) or type(error).__name__}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """What EXIF says, 1…8; 1 where it says no such number or is damaged, which makes the pixels no worse."""
+    try:
+        number = image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN:
+        return 1
+    return number if number in _TURNS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image, turned the way a person sees it.
+
+    Not by `ImageOps.exif_transpose`, which writes the whole EXIF block anew and fails on tags of an odd type.
+    """
+    image.load()  # a TIFF turns itself, and then calls itself upright
+    turn = _TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 @cache

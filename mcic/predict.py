@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from mcic.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image, to_rgb
 from mcic.data.transforms import BILINEAR, fitted
 from mcic.inference import PROTOCOLS, dense_protocol
 from mcic.model import SegmentationNetwork
+from mcic.pictures import upright
 from mcic.segmentation import Segmentation
 from mcic.suggest import nearest
 from mcic.tiles import resized, tiled_protocol
@@ -259,7 +260,7 @@ def pixels_of(image: ImageLike) -> np.ndarray:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 90 to 179 megapixels: large, but wanted
             return read_image(image)
     if isinstance(image, Image.Image):
-        return np.array(to_rgb(ImageOps.exif_transpose(image)))
+        return np.array(to_rgb(upright(image)))
     if isinstance(image, Tensor):
         return _tensor_pixels(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

@@ -68,16 +68,25 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def png(width: int, height: int, *, rows: int = 0) -> bytes:
-    """A grey PNG whose header says width × height, with that many black rows in it."""
+def png(width: int, height: int, *, rows: int = 0, colours: int = 0) -> bytes:
+    """A PNG of one bit a pixel whose header says width × height, with that many rows of zeros in it.
+
+    `colours`: 0 grey, 3 a palette, which is missing.
+    """
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 1, colours, 0, 0, 0)
     row = bytes(1 + (width + 7) // 8)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row * rows)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def odd_exif(orientation: int) -> bytes:
+    """An EXIF block with a resolution that is text, which Pillow reads and cannot write."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
 
 
 def turned() -> Image.Image:

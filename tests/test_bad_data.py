@@ -26,6 +26,7 @@ from badfiles import (
     make_classes,
     make_tagged,
     masked,
+    odd_exif,
     outside,
     png,
     state_of,
@@ -120,6 +121,11 @@ IMAGES = {
     "palette": Case(saved("x.png", RGB.quantize(9), transparency=1), used={"ant__x": SIZE}),
     "turned by EXIF": Case(saved("x.jpg", turned(), exif=turned().getexif()), used={"ant__x": (16, 12)}),
     "broken EXIF": Case(saved("x.jpg", RGB, exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), used={"ant__x": SIZE}),
+    "EXIF of odd types": Case(saved("x.jpg", RGB, exif=odd_exif(6)), used={"ant__x": (16, 12)}),
+    "EXIF that is none": Case(saved("x.png", RGB, exif=b"Exif\0\0no such block"), used={"ant__x": SIZE}),
+    "no palette": Case(
+        written("x.png", png(16, 12, rows=12, colours=3)), left=(("broken", "x.png", "AssertionError"),)
+    ),
     "animated GIF": Case(saved("x.gif", RGB, **FRAMES), used={"ant__x": SIZE}),
     "animated WebP": Case(saved("x.webp", RGB, **FRAMES), used={"ant__x": SIZE}),
     "animated PNG": Case(saved("x.png", RGB, **FRAMES), used={"ant__x": SIZE}),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from badfiles import odd_exif
 from networks import CLASSES, photo
 from PIL import Image
 
@@ -50,10 +51,7 @@ def test_mask_and_confidence_are_those_of_the_network(predictor):
 def test_every_kind_of_image_is_the_same_image(predictor, tmp_path):
     pixels = photo()
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    turned = Image.fromarray(np.rot90(pixels).copy())
-    exif = turned.getexif()
-    exif[0x0112] = 6  # to be turned clockwise
-    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "turned.png", exif=odd_exif(6))  # clockwise
     planes = torch.from_numpy(pixels).permute(2, 0, 1)
     with Image.open(tmp_path / "turned.png") as opened:
         kinds = [pixels, tmp_path / "a.png", str(tmp_path / "turned.png"), opened, planes, planes / 255]

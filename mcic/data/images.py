@@ -10,15 +10,13 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from mcic.pictures import opened
+from mcic.pictures import opened, orientation, upright
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-_ORIENTATION = 0x0112  # EXIF: 1 upright, 2…4 mirrored or upside down, 5…8 lying
 
 _LARGE, _LARGE_PIXELS = threading.Lock(), 2**24
 """images that decode to more are probed one at a time: a folder of bombs must not fill the memory"""
@@ -40,7 +38,7 @@ def read_image(source: str | Path | BinaryIO) -> np.ndarray:
             range is nowhere stated.
     """
     with opened(source, "image") as image:
-        return np.array(to_rgb(ImageOps.exif_transpose(image)))
+        return np.array(to_rgb(upright(image)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +72,12 @@ def probe_image(source: str | Path | BinaryIO) -> ImageFacts:
         }
         image.draft("RGB", (1, 1))
         with _alone_if_large(image):
-            shrunk, turned = image.size != full, image.getexif().get(_ORIENTATION, 1)
-            upright = ImageOps.exif_transpose(image)
-            to_rgb(upright)
-            odd["rotated"] = turned in range(2, 9)
-            odd["transparent"] = transparent and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    width, height = upright.size if not shrunk else full[::-1] if turned in range(5, 9) else full
+            shrunk, turned = image.size != full, orientation(image)
+            image = upright(image)
+            to_rgb(image)
+            odd["rotated"] = turned > 1
+            odd["transparent"] = transparent and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    width, height = image.size if not shrunk else full[::-1] if turned in range(5, 9) else full
     return ImageFacts((height, width), frozenset(name for name, is_so in odd.items() if is_so))
 
 
@@ -92,7 +90,7 @@ def read_thumbnail(source: str | Path | BinaryIO, side: int) -> np.ndarray:
     with opened(source, "image") as image:
         image.draft("RGB", (4 * side, 4 * side))
         with _alone_if_large(image):
-            return np.array(to_rgb(ImageOps.exif_transpose(image)).resize((side, side), Image.Resampling.BOX))
+            return np.array(to_rgb(upright(image)).resize((side, side), Image.Resampling.BOX))
 
 
 def _alone_if_large(image: Image.Image) -> AbstractContextManager[object]:
@@ -126,7 +124,7 @@ def read_mask(source: str | Path | BinaryIO) -> np.ndarray:
     """
     with opened(source, "mask") as image:
         packed = _PACKED_GREY.get(_raw_mode(image), 1)
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode not in ("P", "L", "1", *_GREY_16):
             raise ValueError(f"a mask holds one class index per pixel (a palette or grey PNG), this has {image.mode}")
         values = np.asarray(image)
@@ -148,7 +146,7 @@ def read_map(source: str | Path | BinaryIO) -> np.ndarray:
         ValueError: the file is missing or broken.
     """
     with opened(source, "saliency map") as image:
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode in _GREY_16:
             return (np.asarray(image).astype(np.float32) / 65535).clip(0, 1)
         return np.asarray(image.convert("L")).astype(np.float32) / 255

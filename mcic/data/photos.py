@@ -81,8 +81,8 @@ def _read(photo: Photo, num_classes: int) -> tuple[Photo | None, list[Dropped]]:
 
 def _cause(error: ValueError) -> str:
     """What is wrong, without the file's name in front, which stands beside it."""
-    cause = error.__cause__
-    return " ".join(str(cause or error).split())
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 def _size(shape: tuple[int, ...]) -> str:
