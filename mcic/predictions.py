@@ -159,14 +159,11 @@ def tags_of_images(table: Path, images: Sequence[ImageFile]) -> dict[Path, froze
     exact = {image.path: next((key for key in _keys(image.path) if key in rows), None) for image in images}
     tags = {path: None if key is None else rows[key] for path, key in exact.items()}
     paths = {_key(image.path): image.path for image in images}
-    certain, every = set(exact.values()), ImageNames(paths)
-    unnamed = ImageNames(key for key, path in paths.items() if exact[path] is None)
+    certain = set(exact.values())
+    names = ImageNames(paths, named=(key for key, path in paths.items() if exact[path] is not None))
     for row in listed:
-        if row.image in certain or unnamed.find(row) is None:
-            continue
-        path = paths[every.find(row)]
-        if exact[path] is None:
-            tags[path] = (tags[path] or frozenset()) | row.tags
+        if row.image not in certain and (key := names.find(row)) is not None:
+            tags[paths[key]] = (tags[paths[key]] or frozenset()) | row.tags
     missing = [path for path, found in tags.items() if found is None]
     if missing:
         raise ValueError(f"{table} has no row for {len(missing)} of {len(images)} images, such as {missing[0].name}")

@@ -117,6 +117,22 @@ def test_names_find_images_by_the_end_of_a_path_or_in_other_case_but_never_by_gu
 
 
 @pytest.mark.parametrize(
+    ("there", "rows", "lost"),
+    [
+        ("x.png", {"x.jpg": ["dog"], "x.png": ["cat"]}, "x.jpg"),
+        ("sub/x.png", {"x.png": ["dog"], "sub/x.png": ["cat"]}, "x.png"),
+        ("x.png", {"x.png": ["cat"], "sub/x.png": ["dog"]}, "sub/x.png"),
+    ],
+)
+def test_the_row_of_a_missing_image_gives_its_tags_to_no_other(tmp_path, there, rows, lost):
+    make_images(tmp_path / "images", [there, "y.png"])
+    (tmp_path / "tags.json").write_text(json.dumps({**rows, "y.png": ["dog"]}))
+    found, dropped = tags_in(tmp_path)
+    assert found == {there.removesuffix(".png"): {"cat"}, "y": {"dog"}}
+    assert dropped == [("row", lost)]
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("tags.csv", "image;tags\na.jpg;dog;cat\n", r"tags.csv, line 2 has more columns than the header"),

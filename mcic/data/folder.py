@@ -273,7 +273,7 @@ def _read_tagged(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     for path in files:
         if (other := paths.setdefault(key_of(path.relative_to(images)), path)) is not path:
             raise ValueError(f"{other} and {path} have names that look the same: rename one of them")
-    tags, lost = _matched(read_table(table, fence), ImageNames(paths))
+    tags, lost = _matched(read_table(table, fence), paths)
     if not tags:
         raise ValueError(f"no row of {table} names an image in {images}")
     dropped += [Dropped("row", name) for name in lost]
@@ -283,8 +283,9 @@ def _read_tagged(part: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
     return [_photo(stem_of(key), paths[key], tags[key]) for key in tags], dropped
 
 
-def _matched(rows: Iterable[Row], names: ImageNames) -> tuple[dict[str, set[str]], list[str]]:
+def _matched(rows: Sequence[Row], keys: Iterable[str]) -> tuple[dict[str, set[str]], list[str]]:
     """The tags of every image that rows name, and the names that fit no image."""
+    names = ImageNames(keys, named={row.image for row in rows}.intersection(keys))
     tags: dict[str, set[str]] = {}
     lost = []
     for row in rows:

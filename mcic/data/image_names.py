@@ -17,15 +17,21 @@ from mcic.untrusted import shown
 
 
 class ImageNames:
-    """Finds the image that a row means, by the strictest of `RULES` that fits any."""
+    """Finds the image that a row means: the one that it names exactly, or by the strictest of `RULES` that fits any."""
 
     RULES: tuple[Callable[[str, str], bool], ...] = (
-        lambda name, key: name == key,
         lambda name, key: _bare(name) == _bare(key),
         lambda name, key: _same_end(_bare(name).casefold().split("/"), _bare(key).casefold().split("/")),
     )
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], *, named: Iterable[str]) -> None:
+        """
+        Args:
+            keys: of all images.
+            named: of those that rows name exactly. Rows that fit them by `RULES` alone are of files that are missing:
+                x.jpg is another image than x.png.
+        """
+        self._named = set(named)
         self._by_name: dict[str, list[str]] = defaultdict(list)
         for key in keys:
             self._by_name[self._last(key)].append(key)
@@ -33,8 +39,12 @@ class ImageNames:
     def find(self, row: Row) -> str | None:
         """The key of an image, None if there is none; raises ValueError where several fit equally."""
         alike = self._by_name.get(self._last(row.image), [])
+        if row.image in alike:
+            return row.image
         for rule in self.RULES:
             found = [key for key in alike if rule(row.image, key)]
+            if found and self._named.issuperset(found):
+                return None
             if len(found) > 1:
                 raise ValueError(f"{row.where}: {shown(row.image)!r} may be {found[0]} or {found[1]}: write the whole "
                                  "path, with its ending")  # fmt: skip
