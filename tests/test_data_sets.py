@@ -228,13 +228,13 @@ def test_class_files_that_are_wrong_say_so(tmp_path, text, message):
 
 
 def test_one_folder_per_class(tmp_path):
-    make_class_folders(
-        tmp_path, {"cat": ["1.jpg", "2.png"], "dog": ["1.jpg"], ".hidden": ["3.jpg"], "masks": ["1.png"]}
-    )
+    hidden = {".hidden": ["3.jpg"], "__MACOSX": ["4.jpg"], "cat/__pycache__": ["5.jpg"]}
+    files = {"cat": ["1.jpg", "2.png"], "dog": ["1.jpg"], "__bird": ["__6.jpg"], "masks": ["1.png"]}
+    make_class_folders(tmp_path, hidden | files)
     (tmp_path / "dog" / "2.png").write_bytes((tmp_path / "cat" / "2.png").read_bytes())
     splits = Folder.splits(tmp_path, 0.3)
     found = {d.ids[i]: tags_of(d, i) for d in (splits.train, splits.val) for i in range(len(d))}
-    assert found == {"cat__1": {"cat"}, "cat__2": {"cat", "dog"}, "dog__1": {"dog"}}
+    assert found == {"cat__1": {"cat"}, "cat__2": {"cat", "dog"}, "dog__1": {"dog"}, "__bird____6": {"__bird"}}
 
 
 def test_class_folders_below_train_and_val_and_a_class_called_train(tmp_path):

@@ -11,6 +11,13 @@ from pathlib import Path
 from mcic.data.dropped import Dropped
 from mcic.untrusted import shown
 
+_LITTER = {"__MACOSX", "__pycache__"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether files and folders of this name are passed over: hidden ones, and what zips and Python leave behind."""
+    return name.startswith(".") or name in _LITTER
+
 
 @dataclass(frozen=True, slots=True)
 class Fence:
@@ -58,7 +65,7 @@ class Fence:
             except OSError as error:
                 dropped.append(Dropped("closed", str(here), error.strerror or "it cannot be opened"))
                 continue
-            for path in (here / name for name in names if not name.startswith((".", "__"))):
+            for path in (here / name for name in names if not is_hidden(name)):
                 if reason := self._reason(path) if path.is_symlink() else "":
                     dropped.append(Dropped("link", str(path), reason))
                 elif path.is_file():

@@ -14,7 +14,7 @@ import numpy as np
 
 from mcic.data.base import Dataset, Splits
 from mcic.data.dropped import Dropped, describe, require_few
-from mcic.data.fence import Fence
+from mcic.data.fence import Fence, is_hidden
 from mcic.data.image_names import ImageNames, file_name, name_bytes, stem_of
 from mcic.data.images import read_image, read_mask
 from mcic.data.names import check_classes, tag_matrix
@@ -139,7 +139,7 @@ def read_folder(
     if train_root != root and (root / "masks").is_dir():
         dropped.append(Dropped("masks", str(root / "masks"), "expected below train/ and val/"))
     known = {*parts, *(root / name for name in _NO_CLASSES)}
-    others = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    others = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
     beside = others if train_root != root else []  # of class folders none is, nor of a table that finds images anywhere
     if any((root / name).is_dir() for name in IMAGE_FOLDERS):
         beside = [path for path in others if path.name.casefold() in ("train", *VAL_FOLDERS)]
@@ -333,7 +333,7 @@ def _class_folders(part: Path, fence: Fence) -> tuple[list[Path], list[Path]]:
     """
     classes, others = [], []
     for folder in sorted(path for path in part.iterdir() if path.is_dir()):
-        if folder.name.startswith((".", "__")) or folder.name in _NO_CLASSES:
+        if is_hidden(folder.name) or folder.name in _NO_CLASSES:
             continue
         images, _, losses = _files(fence.require(folder), fence)
         if any(entry.kind == "closed" and entry.name == str(folder) for entry in losses):
