@@ -248,6 +248,16 @@ SETS = {
         in_coco(lambda c: c["annotations"][0].update(category_id=4)),
         r"COCO instances: KeyError\(4\)",
     ),
+    "other categories in val": (
+        "coco14",
+        in_coco(lambda c: c["categories"].append({"id": 4, "name": "bird"})),
+        r"instances_train2014.json and .*instances_val2014.json must list the same .*'bird' and 'apple' as class 2",
+    ),
+    "fewer categories in val": (
+        "coco14",
+        in_coco(lambda c: c["categories"].append({"id": 99, "name": "bird"})),
+        r"got 'bird' and '' as class 4",
+    ),
     "deep": (
         "coco14",
         lambda root: (make_coco(root) / "annotations/instances_train2014.json").write_text("[" * DEEP),

@@ -83,7 +83,7 @@ def _read(config: DataConfig) -> Splits:
     if config.name == "voc12":
         return Splits(*(voc.VOC12(config.root, part, follow_links=config.follow_links) for part in ("train", "val")))
     if config.name == "coco14":
-        return Splits(*(coco.COCO14(config.root, part, follow_links=config.follow_links) for part in ("train", "val")))
+        return coco.COCO14.splits(config.root, follow_links=config.follow_links)
     return folder.Folder.splits(
         config.root, config.val_share, max_bad_share=config.max_bad_share, follow_links=config.follow_links
     )

@@ -6,12 +6,13 @@ import json
 import math
 from collections import Counter
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from mcic.data.base import IGNORE, Dataset
+from mcic.data.base import IGNORE, Dataset, Splits
 from mcic.data.fence import Fence
 from mcic.data.images import read_image
 from mcic.data.names import check_classes, is_text, tag_matrix
@@ -46,7 +47,7 @@ class COCO14(Dataset):
         self.name = "coco14"
         self.root = Path(root).expanduser()
         self._images = self.root / f"{split}2014"
-        annotations = self.root / "annotations" / f"instances_{split}2014.json"
+        annotations = _annotations(self.root, split)
         if not annotations.is_file() or not self._images.is_dir():
             missing = self._images.name + "/" if annotations.is_file() else annotations.relative_to(self.root)
             raise ValueError(f"--data.root has no {missing}: expected {LAYOUT}, got {self.root}")
@@ -58,6 +59,18 @@ class COCO14(Dataset):
             raise ValueError(f"{annotations} does not hold COCO instances: {shown(repr(error))}") from error
         fence.require_files(fence.require(self._images), self._files, "images")
         self.palette = voc_palette(len(self.classes) + 1)
+
+    @classmethod
+    def splits(cls, root: str | Path, *, follow_links: bool = False) -> Splits:
+        """Both splits; raises ValueError as each of them does, and where a class id would mean another class in val."""
+        train, val = (cls(root, split, follow_links=follow_links) for split in ("train", "val"))
+        for place, (name, other) in enumerate(zip_longest(train.classes, val.classes, fillvalue=""), 1):
+            if name != other:
+                raise ValueError(
+                    f"{_annotations(train.root, 'train')} and {_annotations(val.root, 'val')} must list the same "
+                    f"categories, got {shown(name)!r} and {shown(other)!r} as class {place}: give both one list"
+                )
+        return Splits(train, val)
 
     def image(self, index: int) -> np.ndarray:
         return read_image(self.path(index))
@@ -108,6 +121,10 @@ class COCO14(Dataset):
         super()._keep(indices)
         self._files = [self._files[i] for i in indices]
         self._sizes, self._starts, self._stops = self._sizes[indices], self._starts[indices], self._stops[indices]
+
+
+def _annotations(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}2014.json"
 
 
 def _drawn(shapes: list[list[Any]], height: int, width: int) -> np.ndarray:
