@@ -237,6 +237,14 @@ def test_one_folder_per_class(tmp_path):
     assert found == {"cat__1": {"cat"}, "cat__2": {"cat", "dog"}, "dog__1": {"dog"}, "__bird____6": {"__bird"}}
 
 
+@pytest.mark.parametrize("name", ["catalog.xml", "._cat.xml", "._tags.json", "annotations/._cat.xml"])
+def test_files_beside_the_classes_that_are_no_tables(tmp_path, name):
+    make_class_folders(tmp_path, {"cat": ["1.jpg", "2.jpg"], "dog": ["1.jpg"]})
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('<annotations>{"images": [], "annotations": [], "categories": []}</annotations>')
+    assert read_folder(tmp_path, 0.3).classes == ("cat", "dog")
+
+
 def test_class_folders_below_train_and_val_and_a_class_called_train(tmp_path):
     parts = {f"{part}/{name}": [f"{part}.jpg"] for part in ("train", "val") for name in ("car", "train")}
     splits = Folder.splits(make_class_folders(tmp_path / "a", parts), 0.2)

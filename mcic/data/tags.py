@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import defusedxml.ElementTree
 from defusedxml import DefusedXmlException
 
-from mcic.data.fence import Fence
+from mcic.data.fence import Fence, is_hidden
 from mcic.untrusted import parse_json, read_json, read_text, require_file, shown
 
 log = logging.getLogger(__name__)
@@ -61,13 +62,15 @@ class Row:
 def find_tables(part: Path) -> list[Path]:
     """The tables of tags in a folder, the one that counts first: by name, then COCO JSON, then VOC annotations.
 
-    A table is a file, or for VOC annotations the folder of the XML files: `Annotations/`, or `part` itself.
+    A table is a file, or for VOC annotations the folder of the XML files: `Annotations/`, or `part` itself. Hidden
+    files, and in `part` XML files of other things, are none.
     """
     found = [path for name in TABLES if (path := part / name).is_file()]
     folders = [folder for name in ("annotations", "Annotations") if (folder := part / name).is_dir()]
     for folder in (part, *folders):
-        found += [path for path in sorted(folder.glob("*.json")) if path not in found and _looks_like_coco(path)]
-    found += [folder for folder in (*folders, part) if next(folder.glob("*.xml"), None)]
+        found += [path for path in _visible(folder, "*.json") if path not in found and _looks_like_coco(path)]
+    found += [folder for folder in folders if _visible(folder, "*.xml")]
+    found += [part] if any(_looks_like_voc(path) for path in _visible(part, "*.xml")) else []
     return list({path.resolve(): path for path in found}.values())  # where case plays no part, a folder comes twice
 
 
@@ -183,10 +186,9 @@ def read_json_lines(path: Path) -> list[Row]:
 def read_voc(folder: Path, fence: Fence) -> list[Row]:
     """One row per XML file: the image has the file's name, its tags are the names of its objects, difficult or not."""
     rows = []
-    for path in sorted(folder.rglob("*.xml")):
-        if not path.name.startswith("."):  # what macOS leaves beside a file
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            rows.append(Row(image_name(name, str(path)), object_names(fence.require(path)), str(path)))
+    for path in _visible(folder, "**/*.xml"):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        rows.append(Row(image_name(name, str(path)), object_names(fence.require(path)), str(path)))
     return rows
 
 
@@ -323,10 +325,19 @@ def _names(tags: Any, where: str) -> Iterator[str]:
         raise ValueError(f"{where}: expected the names of its classes, got {str(tags)[:60]}")
 
 
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """What a pattern finds, in order, without what macOS leaves beside files, `._x.xml`."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
+
+
 def _looks_like_coco(path: Path) -> bool:
     """Whether it is worth parsing: other JSON files may lie around."""
     content = path.read_bytes() if path.is_file() else b""
     return all(f'"{key}"'.encode() in content for key in _COCO_KEYS)
+
+
+def _looks_like_voc(path: Path) -> bool:
+    return path.is_file() and re.search(rb"<annotation[\s>]", path.read_bytes()) is not None
 
 
 def _coco_rows(content: dict[str, Any], path: Path) -> list[Row]:
