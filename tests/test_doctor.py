@@ -95,6 +95,13 @@ def test_a_file_gets_the_json_and_only_a_json_file(clean, tmp_path, capsys):
     content = json.loads((tmp_path / "o.json").read_text())
     assert content["estimate"] is None
     assert content["settings"]["train.size"] == 33
+    assert doctor(clean, "--no-estimate", "--json", tmp_path / "o.json") == CLEAN  # in the place of the earlier one
+    table = clean / "tags.json"
+    for text in ('{"00.png": ["ant"]}', "[]", "{"):
+        table.write_text(text)
+        assert doctor(clean, "--json", table) == 2
+        assert f"{table} exists and is no report of mcic doctor: choose another file" in capsys.readouterr().err
+        assert table.read_text() == text
     photo = clean / "images" / "00.png"
     before = photo.read_bytes()
     for target in (photo, tmp_path / "gone" / "o.json"):
