@@ -270,6 +270,12 @@ def test_two_files_of_one_stem_have_their_endings_in_their_ids(tmp_path):
     splits = Folder.splits(tmp_path, 0.5)
     found = {d.ids[i]: tags_of(d, i) for d in (splits.train, splits.val) for i in range(len(d))}
     assert found == {"a.jpg": {"cat"}, "a.png": {"dog"}, "b": {"cat"}}
+    for name, value in {"a": 1, "a.png": 2, "b": 1}.items():
+        save_image(tmp_path / "masks" / f"{name}.png", np.full((40, 56), value, np.uint8))
+    contents = read_folder(tmp_path, 0.5)
+    masks = {photo.id: photo.mask and photo.mask.name for photo in (*contents.train, *contents.val)}
+    assert masks == {"a.jpg": None, "a.png": "a.png.png", "b": "b.png"}
+    assert [(entry.kind, entry.name) for entry in contents.dropped] == [("stray", str(tmp_path / "masks" / "a.png"))]
     (tmp_path / "tags.csv").write_text("image,tags\na,cat\nb,cat\n")
     with pytest.raises(ValueError, match=r"line 2: 'a' may be a.jpg or a.png: write the whole path, with its ending"):
         Folder.splits(tmp_path, 0.5)

@@ -359,15 +359,17 @@ def _files(folder: Path, fence: Fence) -> tuple[list[Path], list[Path], list[Dro
 
 
 def _with_masks(photos: list[Photo], folder: Path, fence: Fence) -> tuple[list[Photo], list[Dropped]]:
-    """The photos with their masks: found by path, by id, or by the bare file name where only one photo has it."""
+    """The photos with their masks: found by id, or by path or bare file name where only one photo has it."""
     found, dropped = fence.files(folder) if folder.is_dir() else ([], [])
     files = [path for path in found if path.suffix.lower() == ".png"]
     masks = {stem_of(key_of(path.relative_to(folder))): path for path in files}
+    paths = Counter(photo.name for photo in photos)
     bare = Counter(PurePosixPath(photo.name).name for photo in photos)
 
     def mask(photo: Photo) -> Path | None:
         name = PurePosixPath(photo.name).name
-        return masks.get(photo.name) or masks.get(photo.id) or (masks.get(name) if bare[name] == 1 else None)
+        by_path = masks.get(photo.name) if paths[photo.name] == 1 else None
+        return by_path or masks.get(photo.id) or (masks.get(name) if bare[name] == 1 else None)
 
     photos = [replace(photo, mask=mask(photo)) for photo in photos]
     stray = sorted(set(files) - {photo.mask for photo in photos})
