@@ -379,6 +379,8 @@ MASKS = {
     "16-bit values": Case(
         masked(Image.fromarray(np.full((40, 56), 999, np.uint16))), left=(("mask", "3.png", "up to 255"),)
     ),
+    "another format": Case(masked(encoded(MASK, "BMP"), "3.bmp"), left=(("mask", "3.bmp", "masks are PNG files"),)),
+    "a note": Case(masked(b"who drew them", "notes.txt")),
     "of no image": Case(masked(MASK, "gone.png"), left=(("stray", "gone.png", ""),)),
     "a pipe": Case(
         lambda root: [(root / "masks/3.png").unlink(), os.mkfifo(root / "masks" / "3.png")],

@@ -374,6 +374,8 @@ def _with_masks(photos: list[Photo], folder: Path, fence: Fence) -> tuple[list[P
     photos = [replace(photo, mask=mask(photo)) for photo in photos]
     stray = sorted(set(files) - {photo.mask for photo in photos})
     losses = [Dropped("mask", entry.name, entry.reason) for entry in dropped]
+    others = [path for path in found if path.suffix.lower() not in {".png"} | _NO_IMAGES]
+    losses += [Dropped("mask", str(path), "masks are PNG files") for path in others]
     return photos, [*losses, *(Dropped("stray", str(path)) for path in stray)]
 
 
