@@ -152,9 +152,9 @@ def test_too_few_images_and_uneven_batches_say_what_to_do():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_is_one_plain_sentence(workers):
     broken = Scenes(8, broken=5)
-    with pytest.raises(ValueError, match=r"^cannot read the image scene.jpg$"):
+    with pytest.raises(ValueError, match=r"^image scene_5 \(scenes\): cannot read the image scene.jpg$"):
         list(loader(dataset=broken, workers=workers).epoch(0))
-    with pytest.raises(ValueError, match=r"^cannot read the image scene.jpg$"):
+    with pytest.raises(ValueError, match=r"^image scene_5 \(scenes\): cannot read the image scene.jpg$"):
         list(eval_items(broken, None, workers=workers))
 
 

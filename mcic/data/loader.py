@@ -150,13 +150,13 @@ class _TrainBatches(TorchDataset[Any]):
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Tensor | None, ...] | _Mistake:
         epoch, indices = key
         samples, reader = [], self.reader
-        try:
-            for index in map(int, indices):
+        for index in map(int, indices):
+            try:
                 photo = reader(index)
                 layers = (photo.image, photo.saliency, photo.mask, photo.confidence)
                 samples.append(self.augment(*layers, epoch=epoch, index=index))
-        except (ValueError, OSError) as error:
-            return _Mistake(str(error))
+            except (ValueError, OSError) as error:
+                return _Mistake.of(error, reader.dataset, index)
 
         def stacked(name: str) -> Tensor | None:
             tensors = [getattr(sample, name) for sample in samples]
@@ -223,7 +223,7 @@ class _EvalItems(TorchDataset[Any]):
         try:
             photo = self.reader(index)
         except (ValueError, OSError) as error:
-            return _Mistake(str(error))
+            return _Mistake.of(error, self.reader.dataset, index)
         return EvalItem(
             index=index,
             full_size=photo.full_size,
@@ -310,6 +310,13 @@ class _Mistake:
     """What a worker returns for a ValueError: raised there, PyTorch would bury the sentence in a traceback."""
 
     sentence: str
+
+    @classmethod
+    def of(cls, error: ValueError | OSError, dataset: Dataset, index: int) -> _Mistake:
+        """The error's sentence, with the image in front where it names neither that nor its file."""
+        said, image = str(error), f"image {dataset.ids[index]}"
+        named = image in said or str(dataset.path(index) or image) in said
+        return cls(said if named else f"{image} ({dataset.name}): {said}")
 
 
 def _checked(item: Any) -> Any:

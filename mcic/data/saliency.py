@@ -36,6 +36,7 @@ _STEP = 0.03  # cost of the way itself, Lab units per grid pixel
 _RARE_SHARE, _RARE_FROM, _RARE_COST = 0.25, 2.0, 2.0
 _BINS = (12, 10, 10)  # of L, a and b
 _COLOUR_WEIGHT = 0.5
+_ROUNDING = 1e-12  # relative difference of values that are equal
 
 
 class SaliencySource(Protocol):
@@ -209,7 +210,8 @@ def _by_colour(lab: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 def _around_otsu(values: np.ndarray, *, least: float, power: int) -> np.ndarray:
     """Values from 0 up to 0…1, 1/2 at Otsu's threshold, or at `least` where all values are about the same."""
-    middle = max(float(threshold_otsu(values)), least)
+    same = np.ptp(values) <= _ROUNDING * values.max()  # where all is border, say: no histogram tells them apart
+    middle = max(float(values.max() if same else threshold_otsu(values)), least)
     return values**power / (values**power + middle**power)
 
 
