@@ -36,7 +36,7 @@ from mcic.areas import AreaTable
 from mcic.data.image_names import ImageNames, file_name
 from mcic.data.names import is_text
 from mcic.data.shards import images_of, names_shards
-from mcic.data.tags import key_of, read_table
+from mcic.data.tags import is_table, key_of, read_table
 from mcic.durable import remove_partials, write_text
 from mcic.pictures import readable_suffixes
 from mcic.predict import Predictor
@@ -150,7 +150,7 @@ def tags_of_images(table: Path, images: Sequence[ImageFile]) -> dict[Path, froze
     Raises:
         ValueError: the table cannot be read, has no row for an image, or one that by the looser rules may mean several.
     """
-    if table.suffix not in (".csv", ".tsv", ".json", ".jsonl") or not table.is_file():
+    if not is_table(table) or not table.is_file():
         raise ValueError(f"{table} is no table of tags: expected a .csv, .tsv, .json or .jsonl file")
     rows: dict[str, frozenset[str]] = {}
     listed = read_table(table)

@@ -320,7 +320,7 @@ def test_tags_from_the_command_line(model, photos, tmp_path, capsys):
     status, *_ = command(capsys, model, photos, "--out", tmp_path / "all", "--tags", "dog, cat")
     assert status == 0
     assert {row["class"] for row in rows_of(tmp_path / "all")} <= {"background", "cat", "dog"}
-    table = tmp_path / "tags.csv"
+    table = tmp_path / "TAGS.CSV"
     table.write_text("image,tags\nphotos/a/x.jpg,dog\na/x.png,cat\nb/x,\nü ö,ant|cat|dog\n", encoding="utf-8")
     status, *_ = command(capsys, model, photos, "--out", tmp_path / "each", "--tags", table)
     assert status == 0

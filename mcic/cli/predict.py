@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     if not args.images:
         raise ValueError("mcic predict MODEL IMAGES --out DIR: no image was given")
     from mcic import distributed
+    from mcic.data.tags import is_table
     from mcic.log import print_table, setup_logging
     from mcic.predict import load
     from mcic.predictions import find_images, predict_files, tags_of_images
@@ -61,8 +62,8 @@ def main(argv: list[str]) -> int:
     images = find_images(args.images, out=args.out)
     tags = args.tags
     if tags is not None:
-        is_table = Path(tags).suffix in (".csv", ".tsv", ".json", ".jsonl")
-        tags = tags_of_images(Path(tags), images) if is_table else [name.strip() for name in tags.split(",")]
+        table = Path(tags)
+        tags = tags_of_images(table, images) if is_table(table) else [name.strip() for name in tags.split(",")]
     predictor = load(
         args.model, device=args.device, precision=args.precision, protocol=args.protocol, tile=args.tile,
         long_side=args.long_side,

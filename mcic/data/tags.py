@@ -74,6 +74,11 @@ def find_tables(part: Path) -> list[Path]:
     return list({path.resolve(): path for path in found}.values())  # where case plays no part, a folder comes twice
 
 
+def is_table(path: Path) -> bool:
+    """Whether a name is that of a file which `read_table` reads, by its ending."""
+    return path.suffix.lower() in _READERS
+
+
 def read_table(path: Path, fence: Fence | None = None) -> list[Row]:
     """The rows of a table that `find_tables` found.
 
@@ -89,7 +94,7 @@ def read_table(path: Path, fence: Fence | None = None) -> list[Row]:
     fence = fence or Fence.around(path.parent, follow_links=True)
     fence.require(path)
     try:
-        return read_voc(path, fence) if path.is_dir() else _READERS[path.suffix](path)
+        return read_voc(path, fence) if path.is_dir() else _READERS[path.suffix.lower()](path)
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply: {error}") from error
 
