@@ -1,6 +1,7 @@
 """A trained network for new images: `mcic.load(folder).predict(image)`.
 
-An image is a path, a Pillow image, a numpy array or a tensor of any size; see `Predictor.predict`.
+An image is a path, a Pillow image, a numpy array or a tensor; see `Predictor.predict`. Files have up to 178,956,970
+pixels, see `mcic.pictures`; what is in memory already may have any size.
 """
 
 from __future__ import annotations
