@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +88,14 @@ def test_workers_do_not_hear_what_asks_the_run_to_stop(number):
     for worker in train._batches._iterator._workers:
         os.kill(worker.pid, number)
     assert all(same(*pair) for pair in zip([first, *batches], loader().epoch(0), strict=True))
+
+
+@pytest.mark.parametrize(("end", "status"), [("raise RuntimeError", 1), ("sys.exit(7)", 7)])
+def test_a_program_that_ends_within_an_epoch_takes_its_workers_along(end, status):
+    """multiprocessing would wait for ever for workers that do not hear its SIGTERM."""
+    code = f"import sys, test_data_loader as t; batches = t.loader(workers=1).epoch(0); next(batches); {end}"
+    here = Path(__file__).parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, timeout=100).returncode == status
 
 
 def test_the_number_of_workers_changes_nothing():

@@ -100,7 +100,7 @@ def test_a_file_gets_the_json_and_only_a_json_file(clean, tmp_path, capsys):
     for text in ('{"00.png": ["ant"]}', "[]", "{"):
         table.write_text(text)
         assert doctor(clean, "--json", table) == 2
-        assert f"{table} exists and is no report of mcic doctor: choose another file" in capsys.readouterr().err
+        assert f"--json {table} is a file of another kind" in capsys.readouterr().err
         assert table.read_text() == text
     photo = clean / "images" / "00.png"
     before = photo.read_bytes()

@@ -17,9 +17,8 @@ from rich.text import Text
 
 from mcic.cli.args import parse_train
 from mcic.cli.flags import groups
-from mcic.cli.parse import parse
+from mcic.cli.parse import json_file, parse
 from mcic.durable import write_text
-from mcic.untrusted import read_json
 
 if TYPE_CHECKING:
     from mcic.doctor import Report
@@ -53,11 +52,7 @@ def main(argv: list[str]) -> int:
     """Print the page; returns the exit status."""
     own, training = _sorted(argv)
     args = parse(DoctorArgs, own, command="doctor")
-    file = None if args.json in (None, "-") else Path(args.json)
-    if file is not None and (file.suffix != ".json" or not file.parent.is_dir()):
-        raise ValueError(f"--json takes - or a file that ends with .json in a folder that exists, got {args.json}")
-    if file is not None and file.exists() and not _is_report(file):
-        raise ValueError(f"--json: {file} exists and is no report of mcic doctor: choose another file")
+    file = json_file(args.json, holds=("status", "findings"))
     config = parse_train(["folder", "--data.root", str(args.folder), *training], program="mcic doctor DIR")
     from mcic.doctor import examine
 
@@ -71,15 +66,6 @@ def main(argv: list[str]) -> int:
         write_text(file, text + "\n")
     _print_page(report)
     return report.status
-
-
-def _is_report(path: Path) -> bool:
-    """Whether an earlier call wrote the file, rather than a person: tables of tags are .json, too."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.keys() >= {"status", "findings"}
 
 
 def _sorted(argv: list[str]) -> tuple[list[str], list[str]]:

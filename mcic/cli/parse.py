@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import tyro
 
 from mcic.suggest import nearest
+from mcic.untrusted import read_json
 
 Args = TypeVar("Args")
 
@@ -63,7 +63,7 @@ def json_file(word: str | None, *, holds: tuple[str, ...]) -> Path | None:
         raise ValueError(f"--json takes - or a file that ends with .json in a folder that exists, got {word}")
     if file.exists():
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
         except (OSError, ValueError):
             found = None
         if not isinstance(found, dict) or not set(holds) <= found.keys():

@@ -6,6 +6,8 @@ ranks nor a resume changes it.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -303,6 +305,14 @@ def _settle_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     for number in StopRequest.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Where an error or `sys.exit` left workers: multiprocessing would ask them by SIGTERM, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 @dataclass(frozen=True, slots=True)
