@@ -76,8 +76,12 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The checkpoints in a folder, oldest first; one whose replacement was cut off gets its name back."""
+    for path in folder.glob(".step-*.old.partial"):
+        restore_folder(folder / path.name.removeprefix(".").removesuffix(".old.partial"))
+    return sorted(
+        path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdecimal()
+    )
 
 
 def newest_good(folder: Path) -> Path | None:
@@ -86,8 +90,6 @@ def newest_good(folder: Path) -> Path | None:
     Raises:
         ValueError: there are checkpoints and none is whole; names what is wrong with the newest.
     """
-    for path in folder.glob(".step-*.old.partial"):
-        restore_folder(folder / path.name.removeprefix(".").removesuffix(".old.partial"))
     found, problems = checkpoints(folder), []
     for path in reversed(found):
         try:

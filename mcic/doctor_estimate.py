@@ -122,7 +122,7 @@ def _evaluation_seconds(trainer: Trainer) -> float:
     network = partial(evaluate_network, model, protocol=config.eval.protocol, device=trainer.device)
     masks = partial(evaluate_masks, model, trainer.objective, device=trainer.device)
     rounds = 1 + ((config.train.epochs - 1) // config.eval.every if config.eval.every else 0)
-    measured = min(config.eval.mask_images, len(data.train))
+    measured = len(data.train.measured(config.eval.mask_images)) if config.eval.mask_images else 0
     seconds = rounds * len(data.val) * each(data.val, None, lambda items: network(items=items))
     if measured:
         seconds += measured * each(data.train, trainer.saliency, lambda items: masks(items=items))

@@ -45,7 +45,8 @@ def claim_folder(folder: Path, record: dict[str, Any], *, overwrite: bool) -> No
     if distributed.rank() == 0:
         if overwrite:
             masks = [file for part in PARTS for file in (folder / part).glob("*.png")]
-            for old in (folder / MANIFEST, folder / COCO, *masks, *(folder / OVERLAYS).glob("*.jpg")):
+            drawn = [(folder / OVERLAYS / file.name).with_suffix(".jpg") for file in masks]
+            for old in (folder / MANIFEST, folder / COCO, *drawn, *masks):
                 old.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, record)  # first: what follows is ours

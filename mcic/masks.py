@@ -195,7 +195,8 @@ def decide(probabilities: Tensor, *, unsure: float) -> tuple[Tensor, Tensor]:
 
 
 def _made_from(checkpoint: Path, dataset: Dataset) -> dict[str, str]:
-    """The checkpoint, and digests of its weights and of the images: what the data set says of them, and their files."""
+    """The checkpoint, and digests of its weights and of the images: what the data set says of them, and their files
+    as rank 0 finds them: a copy on another machine has other times."""
     files = json.loads((checkpoint / CHECKPOINT_MANIFEST).read_bytes())["files"]
     data = hashlib.sha256(json.dumps([dataset.ids, dataset.classes, dataset.long_side]).encode())
     data.update(np.ascontiguousarray(dataset.tags).tobytes())
@@ -203,7 +204,7 @@ def _made_from(checkpoint: Path, dataset: Dataset) -> dict[str, str]:
         state = path.stat()
         data.update(f"{state.st_size} {state.st_mtime_ns}".encode())
     weights = files["model.safetensors"]["sha256"]
-    return {"checkpoint": checkpoint.name, "weights": weights, "data": data.hexdigest()}
+    return {"checkpoint": checkpoint.name, "weights": weights, "data": distributed.from_first(data.hexdigest())}
 
 
 def _complete(settings: MaskSettings, restored: RestoredRun) -> MaskSettings:

@@ -52,6 +52,8 @@ def opened(source: str | Path | BinaryIO, what: str) -> Iterator[Image.Image]:
 
 def orientation(image: Image.Image) -> int:
     """What EXIF says, 1…8; 1 where it says no such number or is damaged, which makes the pixels no worse."""
+    if image.format == "PNG":
+        image.load()  # as the question for EXIF would: what is wrong with the pixels is to be heard
     try:
         number = image.getexif().get(_ORIENTATION, 1)
     except _BROKEN:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mcic.data.images import denormalize, normalize, read_image, read_map, read_mask
+from mcic.data.images import denormalize, normalize, probe_image, read_image, read_map, read_mask, read_thumbnail
 from mcic.data.palette import voc_palette
 
 
@@ -87,6 +87,18 @@ def test_unreadable_images_name_the_file(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(ValueError, match="no such file"):
         read_image(tmp_path / "missing.jpg")
+
+
+def test_a_damaged_png_fails_at_the_first_look(tmp_path):
+    """As it would when it is read: Pillow decodes a PNG when asked for its EXIF, and must not do so unheard."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    for look in (read_image, probe_image, lambda file: read_thumbnail(file, 8)):
+        with pytest.raises(ValueError, match=r"cannot read the image .*a\.png"):
+            look(path)
 
 
 def test_masks_keep_indices(tmp_path):

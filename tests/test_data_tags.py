@@ -57,12 +57,13 @@ def test_every_table_gives_the_same_tags(tmp_path, name, text, folder):
 
 @pytest.mark.parametrize("images", ["JPEGImages", "images", "."])
 @pytest.mark.parametrize("annotations", ["Annotations", "."])
-def test_voc_annotations(tmp_path, images, annotations):
+@pytest.mark.parametrize(("root", "encoding"), [("annotation", "utf-8"), ("Annotation", "utf-16"), ("doc", "utf-8")])
+def test_voc_annotations(tmp_path, images, annotations, root, encoding):
     make_images(tmp_path / images)
     (tmp_path / annotations).mkdir(exist_ok=True)
     for name, tags in TAGS.items():
         objects = "".join(f"<object><name> {tag} </name><part><name>leg</name></part></object>" for tag in sorted(tags))
-        (tmp_path / annotations / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+        (tmp_path / annotations / f"{name}.xml").write_text(f"<{root}>{objects}</{root}>", encoding)
     assert tags_in(tmp_path) == (TAGS, [])
 
 
@@ -130,6 +131,13 @@ def test_the_row_of_a_missing_image_gives_its_tags_to_no_other(tmp_path, there, 
     found, dropped = tags_in(tmp_path)
     assert found == {there.removesuffix(".png"): {"cat"}, "y": {"dog"}}
     assert dropped == [("row", lost)]
+
+
+@pytest.mark.parametrize("spelling", ["sub/x", "SUB/X.PNG"])
+def test_rows_of_two_spellings_add_up(tmp_path, spelling):
+    make_images(tmp_path / "images", ["sub/x.png", "y.png"])
+    (tmp_path / "tags.json").write_text(json.dumps({"sub/x.png": ["cat"], spelling: ["dog"], "y.png": ["dog"]}))
+    assert tags_in(tmp_path) == ({"sub/x": {"cat", "dog"}, "y": {"dog"}}, [])
 
 
 @pytest.mark.parametrize(

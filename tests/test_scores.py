@@ -67,6 +67,10 @@ def test_any_checkpoint_is_scored(run):
         assert evaluate_run(run, checkpoint=name)["val/miou"] == pytest.approx(score)
     assert evaluate_run(run)["checkpoint"] == max(scores)
     assert evaluate_run(run, checkpoint="best")["checkpoint"] == max(scores, key=scores.__getitem__)
+    shutil.copytree(run / "checkpoints" / min(scores), run / "checkpoints" / f"{min(scores)}-kept")
+    (run / "checkpoints" / min(scores)).rename(run / "checkpoints" / f".{min(scores)}.old.partial")
+    assert evaluate_run(run, checkpoint=min(scores))["val/miou"] == pytest.approx(scores[min(scores)])
+    assert evaluate_run(run, checkpoint="best")["checkpoint"] == max(scores, key=scores.__getitem__)
     with pytest.raises(ValueError, match=r"--checkpoint must be newest, best or one of step-0.*, got 'step-7'"):
         evaluate_run(run, checkpoint="step-7")
 
@@ -90,8 +94,11 @@ def test_two_ranks_score_what_one_does(run, tmp_path):
 
 
 def test_scores_go_where_a_program_reads_them(run, tmp_path, capsys):
-    assert main(["evaluate", str(run), "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 4
+    code = "import sys; from mcic.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "evaluate", str(run), "--split", "train", "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert json.loads(done.stdout)["images"] == 4
+    assert "sparse_attention on cpu" in done.stderr
     tags = tmp_path / "tags.json"
     tags.write_text('{"a.jpg": ["cat"]}')
     assert main(["evaluate", str(run), "--json", str(tags)]) == 2

@@ -32,14 +32,14 @@ def parse_train(argv: list[str], *, program: str = "train.py") -> Config:
     """
     named = bool(argv) and not argv[0].startswith("-")
     config = preset(argv[0] if named else DEFAULT)
-    return parse_flags(argv[1:] if named else argv, config, program=program)
+    return parse_flags(argv[1:] if named else argv, config, program=program, presets=True)
 
 
-def parse_flags(argv: list[str], config: Config, *, program: str) -> Config:
-    """`config`, changed by `--group.field VALUE …`; help and errors as `parse_train`."""
+def parse_flags(argv: list[str], config: Config, *, program: str, presets: bool = False) -> Config:
+    """`config`, changed by `--group.field VALUE …`; help (with `presets`, of these too) and errors as `parse_train`."""
     for word in _HELP:
         if word in argv:
-            print_help(program, config, _help_group(argv[argv.index(word) + 1 :]))
+            print_help(program, config, _help_group(argv[argv.index(word) + 1 :]), presets=presets)
             raise SystemExit(0)
     for flag, words in _by_flag(argv):
         _check(flag, words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> None:
     from mcic.log import print_table, setup_logging
 
     setup_logging()
+    if args.json == "-":
+        logging.getLogger("mcic").handlers = [logging.StreamHandler()]  # standard output is for the scores alone
     scores = evaluate_run(
         run, checkpoint=args.checkpoint, protocol=args.protocol, split=args.split, device=args.device
     )  # fmt: skip

@@ -17,22 +17,27 @@ from mcic.presets import PRESETS
 _LEFT = 38  # columns for a flag and what it takes; a longer one wraps
 
 
-def print_help(program: str, config: Config, group: str | None = None) -> None:
-    """Print usage, presets and the flags of `group` (all groups when None) with the values that `config` has."""
+def print_help(program: str, config: Config, group: str | None = None, *, presets: bool = True) -> None:
+    """Print usage, presets where one may be named, and the flags of `group` (all groups when None) with the values that
+    `config` has."""
     width = min(max(shutil.get_terminal_size((110, 50)).columns, 80), 120)
     console = Console(width=width, highlight=False)
     shown = groups() if group is None else [group]
     if group is None:
-        _print_usage(console, program, config)
+        _print_usage(console, program, config, presets)
     for name in shown:
         console.print(f"\n[bold]{name}[/]  [dim]{escape(groups()[name])}[/]")
         console.print(_flag_table(name, config))
-    scope = escape(f"{program} [PRESET] --help GROUP shows one group: {', '.join(groups())}.")
-    console.print(f"\n[dim]In brackets: the value in preset {config.preset}; no bracket: unset. {scope}[/]")
+    scope = escape(f"{program}{' [PRESET]' * presets} --help GROUP shows one group: {', '.join(groups())}.")
+    whose = f"in preset {config.preset}" if presets else "without the flag"
+    console.print(f"\n[dim]In brackets: the value {whose}; no bracket: unset. {scope}[/]")
 
 
-def _print_usage(console: Console, program: str, config: Config) -> None:
-    console.print(f"usage: [bold]{program}[/] \\[PRESET] \\[--group.field VALUE …]")
+def _print_usage(console: Console, program: str, config: Config, presets: bool) -> None:
+    named = " \\[PRESET]" * presets
+    console.print(f"usage: [bold]{program}[/]{named} \\[--group.field VALUE …]")
+    if not presets:
+        return
     console.print("\nTrain a segmentation network from image tags.\n\n[bold]presets[/]")
     table = _grid(18)
     for name, build in PRESETS.items():

@@ -28,8 +28,8 @@ class ImageNames:
         """
         Args:
             keys: of all images.
-            named: of those that rows name exactly. Rows that fit them by `RULES` alone are of files that are missing:
-                x.jpg is another image than x.png.
+            named: of those that rows name exactly. Another row fits them only as a second spelling, in another case or
+                without its ending: the x.jpg of a table that has x.png is a file that is missing.
         """
         self._named = set(named)
         self._by_name: dict[str, list[str]] = defaultdict(list)
@@ -43,7 +43,7 @@ class ImageNames:
             return row.image
         for rule in self.RULES:
             found = [key for key in alike if rule(row.image, key)]
-            if found and self._named.issuperset(found):
+            if found and self._named.issuperset(found) and not any(_same_file(row.image, key) for key in found):
                 return None
             if len(found) > 1:
                 raise ValueError(f"{row.where}: {shown(row.image)!r} may be {found[0]} or {found[1]}: write the whole "
@@ -59,8 +59,18 @@ class ImageNames:
 
 def _bare(name: str) -> str:
     """A name without the ending of an image, where it has one."""
-    path = PurePosixPath(name)
-    return path.with_suffix("").as_posix() if path.suffix.lower() in readable_suffixes() else name
+    return PurePosixPath(name).with_suffix("").as_posix() if _ending(name) else name
+
+
+def _ending(name: str) -> str:
+    """The ending of an image, in lower case; empty where the name has none."""
+    ending = PurePosixPath(name).suffix.lower()
+    return ending if ending in readable_suffixes() else ""
+
+
+def _same_file(name: str, key: str) -> bool:
+    """Whether a name may be a second spelling of a key."""
+    return _bare(name).casefold() == _bare(key).casefold() and _ending(name) in ("", _ending(key))
 
 
 def _same_end(first: list[str], second: list[str]) -> bool:

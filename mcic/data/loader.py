@@ -309,10 +309,13 @@ def _settle_worker(_worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Where an error or `sys.exit` left workers: multiprocessing would ask them by SIGTERM, and wait for ever."""
+    """At exit multiprocessing would ask what workers are left by SIGTERM, and wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would report their death as an error
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+            process.join()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from mcic.data.tags import entry_tags, nfc, split_tags
 from mcic.pictures import readable_suffixes
 from mcic.untrusted import parse_json, shown
 
-FORMAT = "mcic-shard-2"
+FORMAT = "mcic-shard-3"
 """of the stored index: other rules take another name"""
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """endings of images that are looked for first; then whatever Pillow reads"""

@@ -342,7 +342,10 @@ def _looks_like_coco(path: Path) -> bool:
 
 
 def _looks_like_voc(path: Path) -> bool:
-    return path.is_file() and re.search(rb"<annotation[\s>]", path.read_bytes()) is not None
+    if not path.is_file():
+        return False
+    content = path.read_bytes().replace(b"\0", b"")  # in UTF-16, too
+    return re.search(rb"<(annotation|object)[\s>]", content, re.IGNORECASE) is not None
 
 
 def _coco_rows(content: dict[str, Any], path: Path) -> list[Row]:
