@@ -169,17 +169,21 @@ def write_shapes(folder: Path, *, train: int, held_out: int) -> None:
 
 
 def _settled(grid: Grid) -> list[str]:
-    """Flags for what the baseline leaves to data and machine: chosen once, so that it is the same in every cell."""
+    """Flags for what the baseline leaves to data and machine: chosen once, so that it is the same in every cell.
+
+    A baseline of other flags chooses anew; what it chooses otherwise, `_check` finds in the cells that are there.
+    """
     config = grid.baseline.resolved()
     unset = [name for name in SETTLED if value_of(config, name) is None]
     if not unset:
         return []
     path = grid.runs / "settled.json"
-    if not path.is_file():
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    if kept.get("flags") != list(grid.flags):
         settled = settle(config, build_data(config.data).train, choose_device(config.run.device))
-        write_text(path, json.dumps({name: value_of(settled, name) for name in SETTLED}, indent=1))
-    kept = json.loads(path.read_text())
-    return [word for name in unset for word in flag(name, kept[name])]
+        kept = {"flags": grid.flags, "values": {name: value_of(settled, name) for name in unset}}
+        write_text(path, json.dumps(kept, indent=1))
+    return [word for name in unset for word in flag(name, kept["values"][name])]
 
 
 def _check(grid: Grid, cells: Sequence[Cell], *, redo: bool) -> None:

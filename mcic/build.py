@@ -96,9 +96,9 @@ def available_memory(device: torch.device) -> int:
 def seed_everything(config: Config) -> None:
     """Seed what draws initial weights; deterministic mode refuses operations that have no deterministic form."""
     torch.manual_seed(config.train.seed)
+    torch.use_deterministic_algorithms(config.train.deterministic)  # off, too: a run before this one may have set it
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be repeatable
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
 

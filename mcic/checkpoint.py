@@ -56,7 +56,8 @@ def save_checkpoint(
         OSError: the disk is full, or the folder cannot be written to.
     """
     target = folder / f"step-{step:08d}"
-    if _is_whole(target) and _score(target) == state.get("score"):
+    written = _state(target)
+    if _is_whole(target) and all(written.get(name) == state.get(name) for name in ("score", "epoch_closed")):
         return target  # of a run that was stopped there and continued: the same numbers
     try:
         with new_folder(target) as partial:
@@ -188,7 +189,7 @@ def load_random_state(path: Path, rank: int) -> Tensor | None:
 
 def _prune(folder: Path, keep: int) -> None:
     found = checkpoints(folder)
-    scores = {path: _score(path) for path in found}
+    scores = {path: _state(path).get("score") for path in found}
     best = max((path for path in found if scores[path] is not None), key=scores.__getitem__, default=None)
     for path in found[:-keep]:
         if path != best:
@@ -197,11 +198,12 @@ def _prune(folder: Path, keep: int) -> None:
         shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while it wrote
 
 
-def _score(path: Path) -> float | None:
+def _state(path: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint; empty where it cannot be read."""
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8")).get("score")
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _digest(path: Path) -> dict[str, Any]:

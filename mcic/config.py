@@ -180,11 +180,9 @@ class MethodConfig:
             "method.ema-momentum", "from 0 to below 1", self.ema_momentum,
         )  # fmt: skip
         _require(len(self.masks) > 0, "method.masks", "one or more of cam, context, merged", self.masks)
-        if self.context == "none":
-            self.masks = ("cam",)
 
     def resolved(self) -> MethodConfig:
-        """A copy in which every unset rule has the value of its rule set."""
+        """A copy in which every unset rule has the value of its rule set; `masks` names those that are made."""
         authors = self.rules == "authors"
         defaults: dict[str, Any] = {
             "ramp_power": 2 if authors else 1,
@@ -194,7 +192,8 @@ class MethodConfig:
         rows = ("merge_rule", "confidence_rule", "classification_rule", "cam_background", "context_background",
                 "padding_rule")  # fmt: skip
         defaults |= dict.fromkeys(rows, self.rules)
-        return _fill(self, defaults)
+        filled = _fill(self, defaults)
+        return dataclasses.replace(filled, masks=("cam",)) if self.context == "none" else filled
 
 
 @dataclass(kw_only=True, slots=True)
@@ -336,13 +335,14 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def resolved(self) -> Config:
-        """A copy in which no field is left to follow another one."""
+        """A copy in which no field is left to follow another one; a run may write into its `run`."""
         authors = self.method.rules == "authors"
         return dataclasses.replace(
             self,
             model=_fill(self.model, {"classification_head": "deep" if authors else "linear"}),
             method=self.method.resolved(),
             train=_fill(self.train, {"lr_schedule": "epoch" if authors else "step"}),
+            run=dataclasses.replace(self.run),
         )
 
 

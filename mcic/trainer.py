@@ -48,6 +48,7 @@ from mcic.log import RunLog, environment
 from mcic.measures import summary_rows
 from mcic.meter import Meter
 from mcic.model import MCIC
+from mcic.model.backbones.layers import normalises_alone
 from mcic.objective import Objective
 from mcic.ops import describe_backends, rejected_labels
 from mcic.optim import build_optimizer, set_lr
@@ -436,6 +437,12 @@ class Trainer:
             raise ValueError(
                 f"--train.size must be a multiple of the output stride {stride} plus 1, so that features lie on "
                 f"pixels: got {train.size}, nearest is {near}"
+            )
+        apart = [name for name, module in self.model.network.named_modules() if normalises_alone(module)]
+        if apart and ranks > 1:
+            raise ValueError(
+                f"{apart[0]} of the network would normalise every process's images by themselves: take BatchNorm2d or "
+                "FrozenBatchNorm2d of mcic.model.backbones.layers, or torch.nn.SyncBatchNorm"
             )
         if train.cuda_graph and (self.device.type != "cuda" or ranks > 1 or train.precision == "fp16"):
             raise ValueError(

@@ -335,12 +335,14 @@ def test_what_the_data_decides_is_chosen_once(tmp_path):
         "--train.epochs",
     ]
     kept = json.loads((tmp_path / "settled.json").read_text())
-    (tmp_path / "settled.json").write_text(json.dumps(kept | {"train.epochs": 7}))
+    kept["values"]["train.epochs"] = 7
+    (tmp_path / "settled.json").write_text(json.dumps(kept))
     assert ablation._settled(grid)[-1] == "7"
     assert (
         ablation._settled(Grid.of("folder", [*flags, "--train.epochs", "5"], rows=rows(), runs=tmp_path))
         == settled[:-2]
     )
+    assert ablation._settled(grid) == settled  # what one command sets stays out of the next one's
 
 
 def test_shown_commands_name_no_place():

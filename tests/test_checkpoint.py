@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, verified when read, pruned only behind a good one; and files that are replaced."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -214,6 +215,12 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch, write):
         write(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_epoch_that_was_closed_since_is_written_down(tmp_path, parts):
+    save(tmp_path, parts, 4, epoch_closed=False)
+    path = save(tmp_path, parts, 4, epoch_closed=True)
+    assert json.loads((path / "state.json").read_text())["epoch_closed"]
 
 
 @pytest.mark.parametrize("survives", [True, False])

@@ -571,3 +571,23 @@ def test_labels_out_of_range_are_said_at_checkpoints(tmp_path, monkeypatch, capl
     monkeypatch.setattr("mcic.trainer.rejected_labels", lambda device: 3)
     Trainer(short(tmp_path / "run", train={"epochs": 1, "size": 33}, eval={"mask_images": 0})).fit()
     assert caplog.text.count("some contexts were not stored") == 1
+
+
+def test_a_run_leaves_its_configuration_as_it_was(tmp_path, monkeypatch):
+    """Else `dataclasses.replace` of one configuration could be trained once only."""
+    monkeypatch.chdir(tmp_path)
+    config = short(tmp_path / "run", train={"epochs": 1, "deterministic": True})
+    config.run.dir = None
+    Trainer(config)
+    assert config.run.dir is None
+    config.train.deterministic = False
+    Trainer(config)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_several_processes_share_their_batch_norm(tmp_path, monkeypatch):
+    monkeypatch.setattr("mcic.model.backbones.tiny.BatchNorm2d", torch.nn.BatchNorm2d)
+    Trainer(short(tmp_path / "one"))
+    monkeypatch.setattr("mcic.distributed.world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"^backbone\..* would normalise every process's images by themselves"):
+        Trainer(short(tmp_path / "two"))

@@ -49,6 +49,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
+def normalises_alone(module: nn.Module) -> bool:
+    """Whether a layer takes its statistics from the batch of its own process."""
+    shared = isinstance(module, (BatchNorm2d, nn.SyncBatchNorm))
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not shared
+
+
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> Tensor:
     """`norm(conv(x))` as one convolution; the gradient reaches `x` and `conv.weight`.
 
