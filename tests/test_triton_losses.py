@@ -105,6 +105,19 @@ def test_nothing(device, size, counts):
         assert not gradient.any()
 
 
+def test_sure_pixels_add_no_bias(device):
+    """Gradients nearly cancel where the network agrees with its masks; their sums are as exact as the reference's."""
+    labels = torch.randint(0, 6, (2, 17, 17), dtype=torch.uint8)
+    sure = torch.randn(2, 6, 17, 17) + 9 * F.one_hot(labels.long(), 6).permute(0, 3, 1, 2)
+    logits, masks, weights = [sure.to(device)], labels.expand(3, -1, -1, -1).contiguous().to(device), torch.ones(1, 3)
+
+    def sums(maps, backend):
+        return differentiate(maps, masks, weights.to(device), backend=backend)[1][0].double().sum((0, 2, 3))
+
+    exact = sums([maps.double() for maps in logits], "reference")
+    assert relative_error(sums(logits, "triton"), exact) <= 4 * relative_error(sums(logits, "reference"), exact)
+
+
 def test_nothing_labelled_is_zero(device):
     logits, masks, weights = make(device=device)
     masks[1] = IGNORE

@@ -167,23 +167,19 @@ def _differentiate_tile(
     pixel_ptr = logits_ptr + i_b * stride_b + o_n.to(tl.int64) * stride_n
     grad_pixel_ptr = grad_logits_ptr + i_b * stride_db + o_n.to(tl.int64) * stride_dn
     b_max, b_sum = _softmax_statistics(pixel_ptr, m_n, K, stride_k, BLOCK_K)
-    b_total = tl.zeros_like(b_max)  # Σ_m w_m
-    m_labelled = o_n < 0
-    for i_m in tl.static_range(M):
-        b_label = _labels(masks_ptr, i_m, i_b, o_n, B, N)
-        weight = tl.load(grad_ptr + i_m * stride_gm) / tl.load(divisors_ptr + i_m)
-        b_total += tl.where(b_label < K, weight, 0.0)
-        m_labelled = m_labelled | (b_label < K)
     for i_k in range(0, K, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
         m_kn = m_n[:, None] & (o_k < K)[None, :]
         b_z = tl.load(pixel_ptr[:, None] + o_k.to(tl.int64)[None, :] * stride_k, mask=m_kn, other=float("-inf"))
-        b_d = tl.exp(b_z.to(tl.float32) - b_max[:, None]) * (b_total / b_sum)[:, None]
+        b_p = tl.exp(b_z.to(tl.float32) - b_max[:, None]) / b_sum[:, None]
+        b_d = tl.zeros_like(b_p)
         for i_m in tl.static_range(M):
             b_label = _labels(masks_ptr, i_m, i_b, o_n, B, N)
             weight = tl.load(grad_ptr + i_m * stride_gm) / tl.load(divisors_ptr + i_m)
-            b_d -= tl.where(b_label[:, None] == o_k[None, :], weight, 0.0)
-        b_d = tl.where(m_labelled[:, None], b_d, 0.0).to(grad_logits_ptr.dtype.element_ty)
+            # p - 1 is exact where a pixel is sure of its label; Σ_m w_m, rounded first, would shift them all alike.
+            b_from_label = b_p - tl.where(b_label[:, None] == o_k[None, :], 1.0, 0.0)
+            b_d += tl.where(b_label[:, None] < K, weight * b_from_label, 0.0)
+        b_d = b_d.to(grad_logits_ptr.dtype.element_ty)
         tl.store(grad_pixel_ptr[:, None] + o_k.to(tl.int64)[None, :] * stride_dk, b_d, mask=m_kn)
 
 
